@@ -1,0 +1,66 @@
+# What one types at a fresh clone. Everything that needs the machine prepared goes through scripts/bootstrap.sh.
+
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+JOBS ?= 2
+PYTEST_ARGS ?=
+
+export PATH := $(PATH):/usr/sbin:/sbin
+
+.PHONY: help build test lint demo bench bench-quick sanitize sdist dist clean
+
+help:
+	@echo "make demo         show fasttun at work between two network namespaces (needs root)"
+	@echo "make test         linters, type checks and all tests (root: with network namespaces)"
+	@echo "make build        .venv and the extension, ready to use and to change"
+	@echo "make lint         ruff, mypy, cython-lint, stubtest"
+	@echo "make bench        every tunnel side by side; writes the README's table (needs root, takes long)"
+	@echo "make bench-quick  the same in short, written nowhere"
+	@echo "make sanitize     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make sdist, dist  source distribution; source distribution and wheel, in dist/"
+	@echo "make clean        remove what was built (.venv stays)"
+
+build:
+	@scripts/bootstrap.sh build
+
+demo:
+	@scripts/bootstrap.sh demo
+	@$(PYTHON) -m fasttun demo
+
+lint:
+	@scripts/bootstrap.sh test
+	@scripts/lint.sh
+
+# Tests marked `alone` compare speeds, so they run first, with nothing beside them.
+# All parts run even after a failure; pytest's status 5 (nothing collected) is one too.
+test:
+	@scripts/bootstrap.sh test
+	@status=0; \
+	scripts/lint.sh || status=1; \
+	$(PYTHON) -m pytest -m alone $(PYTEST_ARGS) || status=1; \
+	$(PYTHON) -m pytest -n $(JOBS) -m "not alone" $(PYTEST_ARGS) || status=1; \
+	exit $$status
+
+bench:
+	@scripts/bootstrap.sh bench
+	@$(PYTHON) -m bench
+
+bench-quick:
+	@scripts/bootstrap.sh bench
+	@$(PYTHON) -m bench --quick
+
+sanitize:
+	@scripts/bootstrap.sh test
+	@scripts/sanitize.sh
+
+sdist:
+	@scripts/bootstrap.sh test
+	@$(PYTHON) -m build --sdist
+
+dist:
+	@scripts/bootstrap.sh test
+	@$(PYTHON) -m build
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks fasttun/*.so
+	find bench examples fasttun tests -name __pycache__ -type d -prune -exec rm -rf {} +

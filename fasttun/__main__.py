@@ -1,0 +1,8 @@
+"""`python -m fasttun`: the same as the `fasttun` command."""
+
+import sys
+
+from .cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1151 @@
+# The forwarding loop: packets between a TUN descriptor and a UDP socket, without the GIL.
+#
+# A packet's way through this file:
+#   outbound   outbound_burst: read -> aim (choose the peer) -> append (group by endpoint and size)
+#              flush: sendmmsg with UDP_SEGMENT -> send_singly where the kernel refuses a group
+#   inbound    inbound_burst: recvmmsg with UDP_GRO -> take (classify, admit) -> deliver: write
+#   control    binding_datagram: STUN; serve: poll, stop, errors
+#
+# Not for: opening devices or sockets (fasttun/device.py, fasttun/endpoint.py), policy about peers
+# (_native/peers.pxd), anything that needs Python while packets flow.
+# Every function here is `noexcept nogil` and returns >= 0 or -errno.
+
+from cpython.exc cimport PyErr_CheckSignals
+from libc.stddef cimport size_t
+from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.stdlib cimport calloc, free
+
+from fasttun._native.counters cimport *
+from fasttun._native.endpoint cimport *
+from fasttun._native.icmp cimport TOO_BIG_MAX, too_big
+from fasttun._native.packet cimport *
+from fasttun._native.peers cimport *
+from fasttun._native.stun cimport *
+from fasttun._native.system cimport *
+from fasttun._native.wire cimport *
+
+import errno as _errno
+import ipaddress
+import os
+
+from fasttun.errors import ConfigurationError, DeviceError, StateError
+
+cdef enum:
+    SLOT = 2048
+    # bytes for one packet, as in the article; a larger MTU takes a larger multiple
+    HEAD_ROOM = 64
+    # bytes before each packet for what a wire format puts there; one cache line
+    TAIL_ROOM = 64
+    # bytes after each packet, for a tag and padding
+    FRAME = 65536
+    # bytes of the largest read from a TUN or a UDP socket with offloads
+    MAX_BURST = 256
+    MAX_MESSAGES = 1024
+    # datagram groups between two sendmmsg
+    MAX_SEGMENTS = 64
+    # datagrams in one group: UDP_MAX_SEGMENTS of kernels before 6.2 (include/linux/udp.h)
+    MAX_DATAGRAM = 65507
+    # bytes: 65,535 less the IPv4 and UDP headers
+    CONTROL = 32
+    # bytes for one control message with an int, CMSG_SPACE(4) rounded up
+    MAX_RECEIVE = 64
+    GRO_RECEIVE = 16
+    # 64 KiB frames a recvmmsg: 1 MiB, no more than a core's cache
+
+cdef enum:
+    OFFLOAD_UDP_GSO = 1
+
+ctypedef struct target_t:
+    # Where consecutive packets to one inner destination go; saves the look-up for all but the first.
+    address_t destination
+    sockaddr_t address
+    int32_t peer
+    uint32_t generation
+    uint8_t framing
+    uint8_t alternate
+    bint valid
+    uint64_t packets
+    uint64_t bytes
+
+ctypedef struct origin_t:
+    # The same for consecutive datagrams from one endpoint and inner source.
+    endpoint_t endpoint
+    address_t source
+    int32_t peer
+    uint32_t generation
+    int framing
+    bint known_endpoint
+    bint allowed
+    bint valid
+    uint64_t packets
+    uint64_t bytes
+
+ctypedef struct group_t:
+    # A message under construction: `packets` datagrams of `size` bytes each, the last may be shorter.
+    uint32_t packets
+    uint32_t size
+    uint32_t bytes
+    uint32_t inner_bytes
+    uint8_t head
+    bint closed
+
+ctypedef struct worker_t:
+    int tun_fd
+    int udp_fd
+    int event_fd
+    int stop
+    int family
+    bint connected
+    bint gso
+    bint gro
+    int burst
+    int receive
+    int mtu
+    size_t slot
+    size_t receive_slot
+    table_t *table
+    int notify_fd
+    # outbound
+    uint8_t *arena
+    mmsghdr *messages
+    iovec *vectors
+    sockaddr_t *names
+    uint8_t *controls
+    group_t *groups
+    int message_count
+    int message_next
+    int vector_count
+    uint32_t target_serial
+    target_t target
+    bint tun_ready
+    # inbound
+    uint8_t *receive_arena
+    mmsghdr *receive_messages
+    iovec *receive_vectors
+    sockaddr_t *receive_names
+    uint8_t *receive_controls
+    origin_t origin
+    bint udp_ready
+    bint news
+    # inner addresses of this host, for ICMP
+    bint has_own4
+    bint has_own6
+    uint8_t[4] own4
+    uint8_t[16] own6
+    uint8_t[1280] scratch
+    counters_t counters
+
+
+# ---------------------------------------------------------------------------------------- control
+
+cdef inline void tell(int fd) noexcept nogil:
+    cdef uint64_t one = 1
+    write(fd, &one, 8)
+
+
+cdef inline void send_control(worker_t *w, const sockaddr_t *to, const uint8_t *data, size_t length) noexcept nogil:
+    """One small datagram beside the bursts; lost when the socket has no room, as any datagram may be."""
+    cdef const void *name = NULL
+    cdef uint32_t name_length = 0
+    if not w.connected:
+        name = <const void *>to.bytes
+        name_length = to.length
+    if sendto(w.udp_fd, data, length, MSG_DONTWAIT, name, name_length) < 0:
+        count_error(&w.counters, errno)
+    else:
+        w.counters.control_out += 1
+
+
+cdef void send_check(worker_t *w, const check_t *check) noexcept nogil:
+    cdef uint8_t[20] request
+    send_control(w, &check.to, request, stun_request(request, check.transaction))
+
+
+cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, const endpoint_t *from_,
+                           uint64_t now) noexcept nogil:
+    """A STUN datagram: answers a request, takes a success as proof that its sender receives from here."""
+    cdef table_t *t = w.table
+    cdef uint8_t[44] response
+    cdef int kind = stun_type(data, length)
+    cdef bint answer = False
+    cdef bint news = False
+    cdef sockaddr_t to
+    cdef endpoint_t mapped
+    w.counters.control_in += 1
+    if kind == 0:
+        return
+    pthread_mutex_lock(&t.lock)
+    if kind == STUN_REQUEST_TYPE:
+        if t.fixed:
+            answer = t.peer_count > 0 and same_endpoint(&t.peers[0].endpoint, from_)
+        else:
+            answer = is_allowed(t, from_)
+        answer = answer and may_answer_stun(t, now)
+    elif t.fixed:
+        if t.peer_count > 0 and t.greeting_set and same_endpoint(&t.peers[0].endpoint, from_) \
+                and memcmp(data + 8, t.greeting, TRANSACTION_SIZE) == 0:
+            heard_from(t, 0, FRAMING_RAW, now)
+            if stun_mapped(data, length, &mapped):
+                news = table_event(t, EVENT_GREETED, &mapped, NULL, 0)
+    else:
+        check_answered(t, from_, data + 8, now, &news)
+    pthread_mutex_unlock(&t.lock)
+    w.news = w.news or news
+    if answer and endpoint_to_sockaddr(from_, w.family, &to):
+        send_control(w, &to, response, stun_success(response, data, from_))
+
+
+# --------------------------------------------------------------------------------------- outbound
+
+cdef inline void settle_target(worker_t *w) noexcept nogil:
+    """Adds what went to the present target to its peer. The caller holds the table's lock."""
+    cdef peer_t *peer
+    if w.target.valid and w.target.peer >= 0 and w.target.packets:
+        peer = &w.table.peers[w.target.peer]
+        if peer.generation == w.target.generation:
+            peer.outbound_packets += w.target.packets
+            peer.outbound_bytes += w.target.bytes
+            peer.alternate = w.target.alternate
+    w.target.packets = 0
+    w.target.bytes = 0
+    w.target.valid = False
+
+
+cdef void aim(worker_t *w, const address_t *destination, uint64_t now) noexcept nogil:
+    """Makes `w.target` the peer for `destination`."""
+    cdef table_t *t = w.table
+    cdef target_t *target = &w.target
+    cdef peer_t *peer
+    if target.valid and target.destination.low == destination.low and \
+            target.destination.high == destination.high:
+        return
+    pthread_mutex_lock(&t.lock)
+    settle_target(w)
+    target.destination = destination[0]
+    target.peer = peer_for(t, destination, now)
+    target.valid = True
+    w.target_serial += 1
+    if target.peer >= 0:
+        peer = &t.peers[target.peer]
+        target.generation = peer.generation
+        target.address = peer.address
+        target.framing = <uint8_t>t.framing if t.framing != FRAMING_AUTO else peer.framing
+        target.alternate = peer.alternate
+    pthread_mutex_unlock(&t.lock)
+
+
+cdef inline int framing_now(target_t *target) noexcept nogil:
+    """The framing of the next packet: while a server's is unknown, raw and PI in turn."""
+    if target.framing != FRAMING_AUTO:
+        return target.framing
+    target.alternate ^= 1
+    return FRAMING_RAW if target.alternate else FRAMING_PI
+
+
+cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noexcept nogil:
+    """Adds one datagram (`head` bytes of framing, then the packet) to the messages to send.
+
+    It joins the open message when that goes to the same target and holds datagrams of this size.
+    """
+    cdef group_t *group
+    cdef msghdr *header
+    cdef iovec *vector
+    if w.gso and w.message_count:
+        group = &w.groups[w.message_count - 1]
+        if not group.closed and length <= group.size and group.packets < MAX_SEGMENTS \
+                and group.bytes + length <= MAX_DATAGRAM and group.head == head:
+            vector = &w.vectors[w.vector_count]
+            vector.iov_base = data
+            vector.iov_len = length
+            w.vector_count += 1
+            w.messages[w.message_count - 1].msg_hdr.msg_iovlen += 1
+            group.packets += 1
+            group.bytes += length
+            group.inner_bytes += length - head
+            group.closed = length < group.size
+            return
+        group.closed = True
+    group = &w.groups[w.message_count]
+    group.packets = 1
+    group.size = length
+    group.bytes = length
+    group.inner_bytes = length - head
+    group.head = <uint8_t>head
+    group.closed = False
+    vector = &w.vectors[w.vector_count]
+    vector.iov_base = data
+    vector.iov_len = length
+    w.names[w.message_count] = w.target.address
+    header = &w.messages[w.message_count].msg_hdr
+    header.msg_name = NULL if w.connected else w.names[w.message_count].bytes
+    header.msg_namelen = 0 if w.connected else w.target.address.length
+    header.msg_iov = vector
+    header.msg_iovlen = 1
+    header.msg_control = NULL
+    header.msg_controllen = 0
+    w.vector_count += 1
+    w.message_count += 1
+
+
+cdef inline void close_group(worker_t *w) noexcept nogil:
+    """No later datagram may join the open message: the target has changed."""
+    if w.message_count:
+        w.groups[w.message_count - 1].closed = True
+
+
+cdef void drop_message(worker_t *w, int index, int reason) noexcept nogil:
+    w.counters.outbound.drops[reason] += w.groups[index].packets
+
+
+cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexcept nogil:
+    """Answers a packet that no datagram can carry with the ICMP error that names the MTU."""
+    cdef int version = packet_version(packet, length)
+    cdef const uint8_t *own = NULL
+    cdef size_t size
+    if version == 4 and w.has_own4:
+        own = w.own4
+    elif version == 6 and w.has_own6:
+        own = w.own6
+    if version == 0 or length < 48:
+        return
+    size = too_big(w.scratch, packet, length, version, MAX_DATAGRAM - PI_LENGTH, own)
+    if size:
+        w.counters.calls[CALL_WRITE] += 1
+        if write(w.tun_fd, w.scratch, size) == <ssize_t>size:
+            w.counters.too_big_told += 1
+
+
+cdef bint is_fatal(int error) noexcept nogil:
+    """Whether a descriptor is gone: closed, no socket, its device deleted. All else is survived."""
+    return error in (EBADF, EBADFD, ENOTSOCK, ENODEV)
+
+
+cdef int send_singly(worker_t *w, int index) noexcept nogil:
+    """Sends the datagrams of one message each by itself; >= 0, or -errno when the socket is gone."""
+    cdef group_t *group = &w.groups[index]
+    cdef msghdr *header = &w.messages[index].msg_hdr
+    cdef size_t i
+    cdef iovec *vector
+    cdef ssize_t sent
+    cdef int error, attempt
+    for i in range(header.msg_iovlen):
+        vector = &header.msg_iov[i]
+        for attempt in range(2):
+            w.counters.calls[CALL_SENDMMSG] += 1
+            sent = sendto(w.udp_fd, vector.iov_base, vector.iov_len, MSG_DONTWAIT, header.msg_name,
+                          header.msg_namelen)
+            if sent >= 0:
+                break
+            error = errno
+            count_error(&w.counters, error)
+            if is_fatal(error):
+                return -error
+            # A pending error of an earlier datagram is reported instead of sending this one.
+            if error != ECONNREFUSED and error != EINTR:
+                break
+        if sent >= 0:
+            w.counters.outbound.packets_out += 1
+            w.counters.outbound.bytes_out += vector.iov_len - group.head
+        elif error == EMSGSIZE:
+            w.counters.outbound.drops[DROP_TOO_BIG] += 1
+            tell_too_big(w, <uint8_t *>vector.iov_base + group.head, vector.iov_len - group.head)
+        else:
+            w.counters.outbound.drops[DROP_SEND_FAILED] += 1
+    return 0
+
+
+cdef void give_up_gso(worker_t *w, int error) noexcept nogil:
+    w.gso = False
+    pthread_mutex_lock(&w.table.lock)
+    w.news = table_event(w.table, EVENT_OFFLOAD, NULL, NULL, (OFFLOAD_UDP_GSO << 16) | error) or w.news
+    pthread_mutex_unlock(&w.table.lock)
+
+
+cdef void mark_segments(worker_t *w) noexcept nogil:
+    """Gives each message of more than one datagram its UDP_SEGMENT control message."""
+    cdef int i
+    cdef msghdr *header
+    cdef cmsghdr *control
+    cdef uint16_t size
+    for i in range(w.message_next, w.message_count):
+        if w.groups[i].packets > 1:
+            header = &w.messages[i].msg_hdr
+            header.msg_control = w.controls + i * CONTROL
+            header.msg_controllen = CMSG_SPACE(2)
+            control = CMSG_FIRSTHDR(header)
+            control.cmsg_level = SOL_UDP
+            control.cmsg_type = UDP_SEGMENT
+            control.cmsg_len = CMSG_LEN(2)
+            size = <uint16_t>w.groups[i].size
+            memcpy(CMSG_DATA(control), &size, 2)
+
+
+cdef int flush(worker_t *w) noexcept nogil:
+    """Sends what waits. 0: all gone; 1: the socket is full, the rest waits; -errno: the socket is dead."""
+    cdef int sent, error, i, result
+    cdef int refused = 0
+    while w.message_next < w.message_count:
+        w.counters.calls[CALL_SENDMMSG] += 1
+        sent = sendmmsg(w.udp_fd, w.messages + w.message_next, w.message_count - w.message_next, MSG_DONTWAIT)
+        if sent > 0:
+            for i in range(w.message_next, w.message_next + sent):
+                w.counters.outbound.packets_out += w.groups[i].packets
+                w.counters.outbound.bytes_out += w.groups[i].inner_bytes
+            w.message_next += sent
+            refused = 0
+            continue
+        error = errno
+        if error == EAGAIN:
+            return 1
+        count_error(&w.counters, error)
+        if error == EINTR:
+            continue
+        if is_fatal(error):
+            return -error
+        if error == ECONNREFUSED and refused < 2:
+            # A pending error of an earlier datagram, taken back by reporting it: send again.
+            refused += 1
+            continue
+        if w.groups[w.message_next].packets > 1 and error in (EIO, EINVAL, EOPNOTSUPP):
+            give_up_gso(w, error)
+        if w.groups[w.message_next].packets > 1 or error == EMSGSIZE:
+            result = send_singly(w, w.message_next)
+            if result < 0:
+                return result
+        else:
+            drop_message(w, w.message_next, DROP_SEND_FAILED)
+        w.message_next += 1
+        refused = 0
+    w.message_count = 0
+    w.message_next = 0
+    w.vector_count = 0
+    return 0
+
+
+cdef int outbound_burst(worker_t *w) noexcept nogil:
+    """Reads up to a burst from the TUN and sends it. >= 0, or -errno when a descriptor is dead."""
+    cdef uint64_t now = now_ns()
+    cdef uint32_t serial
+    cdef address_t destination
+    cdef uint8_t *packet
+    cdef ssize_t length
+    cdef int version, error, reads
+    cdef uint32_t head
+    w.tun_ready = True
+    for reads in range(w.burst):
+        packet = w.arena + reads * w.slot + HEAD_ROOM
+        w.counters.calls[CALL_READ] += 1
+        length = read(w.tun_fd, packet, w.slot - HEAD_ROOM - TAIL_ROOM)
+        if length <= 0:
+            error = errno if length < 0 else EPIPE
+            w.tun_ready = False
+            if error == EAGAIN:
+                break
+            count_error(&w.counters, error)
+            if is_fatal(error) or error == EPIPE:
+                return -error
+            w.tun_ready = error == EINTR
+            break
+        w.counters.outbound.packets_in += 1
+        w.counters.outbound.bytes_in += length
+        version = packet_version(packet, length)
+        if version == 0:
+            w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
+            continue
+        packet_destination(packet, version, &destination)
+        serial = w.target_serial
+        aim(w, &destination, now)
+        if serial != w.target_serial:
+            close_group(w)
+        if w.target.peer < 0:
+            w.counters.outbound.drops[DROP_NO_PEER] += 1
+            continue
+        w.target.packets += 1
+        w.target.bytes += length
+        head = 0
+        if framing_now(&w.target) == FRAMING_PI:
+            head = PI_LENGTH
+            write_pi(packet - PI_LENGTH, version)
+        append(w, packet - head, <uint32_t>length + head, head)
+    if w.target.valid:
+        pthread_mutex_lock(&w.table.lock)
+        settle_target(w)
+        pthread_mutex_unlock(&w.table.lock)
+    if w.gso:
+        mark_segments(w)
+    return 0 if w.message_count == 0 else flush(w)
+
+
+# ---------------------------------------------------------------------------------------- inbound
+
+cdef inline void settle_origin(worker_t *w) noexcept nogil:
+    """Adds what came from the present origin to its peer. The caller holds the table's lock."""
+    cdef peer_t *peer
+    if w.origin.valid and w.origin.packets:
+        peer = &w.table.peers[w.origin.peer]
+        if peer.generation == w.origin.generation:
+            peer.inbound_packets += w.origin.packets
+            peer.inbound_bytes += w.origin.bytes
+    w.origin.packets = 0
+    w.origin.bytes = 0
+    w.origin.valid = False
+
+
+cdef bint may_enter(worker_t *w, const endpoint_t *from_, const uint8_t *packet, int version, int framing,
+                    uint32_t length, uint64_t now) noexcept nogil:
+    """Whether the packet's inner source belongs to its sender; counts the drop when it does not."""
+    cdef table_t *t = w.table
+    cdef origin_t *origin = &w.origin
+    cdef address_t source
+    cdef check_t check
+    cdef int32_t peer
+    cdef int reason
+    packet_source(packet, version, &source)
+    if origin.valid and origin.framing == framing and origin.source.low == source.low and \
+            origin.source.high == source.high and same_endpoint(&origin.endpoint, from_):
+        origin.packets += 1
+        origin.bytes += length
+        return True
+    check.wanted = False
+    pthread_mutex_lock(&t.lock)
+    settle_origin(w)
+    reason = -1
+    peer = -1
+    if not t.fixed and not is_allowed(t, from_):
+        reason = DROP_STRANGER
+    elif not t.fixed and (not can_be_source(packet, version) or is_own(t, &source)):
+        reason = DROP_MARTIAN
+    else:
+        peer = admit(t, from_, &source, framing, now, &check, &w.news)
+        if peer == ADMIT_STRANGER:
+            reason = DROP_STRANGER
+        elif peer == ADMIT_UNPROVEN:
+            reason = DROP_UNPROVEN
+        elif peer < 0:
+            reason = DROP_TABLE_FULL
+    if peer >= 0:
+        origin.endpoint = from_[0]
+        origin.source = source
+        origin.peer = peer
+        origin.generation = t.peers[peer].generation
+        origin.framing = framing
+        origin.valid = True
+        origin.packets = 1
+        origin.bytes = length
+    pthread_mutex_unlock(&t.lock)
+    if check.wanted:
+        send_check(w, &check)
+    if reason >= 0:
+        w.counters.inbound.drops[reason] += 1
+        return False
+    return True
+
+
+cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
+    """Writes one packet to the TUN. >= 0, or -errno when the device is gone."""
+    cdef int error
+    w.counters.calls[CALL_WRITE] += 1
+    if write(w.tun_fd, packet, length) == <ssize_t>length:
+        w.counters.inbound.packets_out += 1
+        w.counters.inbound.bytes_out += length
+        return 0
+    error = errno
+    count_error(&w.counters, error)
+    if is_fatal(error) or error == EPIPE:
+        w.counters.inbound.drops[DROP_TUN_DOWN] += 1
+        return -error
+    if error == EIO:
+        w.counters.inbound.drops[DROP_TUN_DOWN] += 1
+    elif error in (EAGAIN, ENOBUFS):
+        w.counters.inbound.drops[DROP_TUN_FULL] += 1
+    else:
+        w.counters.inbound.drops[DROP_TUN_REFUSED] += 1
+    return 0
+
+
+cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *from_, uint64_t now) noexcept nogil:
+    """One datagram, by what its first bytes say it is. >= 0, or -errno when the TUN is dead."""
+    cdef int kind = datagram_kind(data, length)
+    cdef int version
+    if kind == KIND_STUN:
+        binding_datagram(w, data, length, from_, now)
+        return 0
+    if kind == KIND_PI:
+        data += PI_LENGTH
+        length -= PI_LENGTH
+    w.counters.inbound.packets_in += 1
+    w.counters.inbound.bytes_in += length
+    version = 0 if kind == KIND_NONE else packet_version(data, length)
+    if version == 0:
+        w.counters.inbound.drops[DROP_IN_MALFORMED] += 1
+        return 0
+    if not may_enter(w, from_, data, version, FRAMING_PI if kind == KIND_PI else FRAMING_RAW, length, now):
+        return 0
+    return deliver(w, data, length)
+
+
+cdef inline uint32_t segment_size(msghdr *header, uint32_t length) noexcept nogil:
+    """The size of the datagrams that UDP_GRO has put together: an int, absent for a single one."""
+    cdef cmsghdr *control
+    cdef int size
+    if header.msg_controllen == 0:
+        return length
+    control = CMSG_FIRSTHDR(header)
+    if control == NULL or control.cmsg_level != SOL_UDP or control.cmsg_type != UDP_GRO:
+        return length
+    memcpy(&size, CMSG_DATA(control), sizeof(int))
+    return <uint32_t>size if 0 < size < <int>length else length
+
+
+cdef int inbound_burst(worker_t *w) noexcept nogil:
+    """Takes what one recvmmsg brings to the TUN. >= 0, or -errno when a descriptor is dead."""
+    cdef uint64_t now
+    cdef msghdr *header
+    cdef endpoint_t from_
+    cdef uint8_t *data
+    cdef uint32_t length, size, step
+    cdef int i, count, error
+    cdef int result = 0
+    for i in range(w.receive):
+        header = &w.receive_messages[i].msg_hdr
+        header.msg_namelen = 0 if w.connected else SOCKADDR_SIZE
+        header.msg_controllen = CONTROL if w.gro else 0
+        header.msg_flags = 0
+    w.counters.calls[CALL_RECVMMSG] += 1
+    count = recvmmsg(w.udp_fd, w.receive_messages, w.receive, MSG_DONTWAIT, NULL)
+    if count < 0:
+        error = errno
+        w.udp_ready = False
+        if error == EAGAIN:
+            return 0
+        count_error(&w.counters, error)
+        if is_fatal(error):
+            return -error
+        # Errors of datagrams sent earlier (ECONNREFUSED and the like) are reported here, one a call.
+        w.udp_ready = True
+        return 0
+    w.udp_ready = count == w.receive
+    now = now_ns()
+    for i in range(count):
+        header = &w.receive_messages[i].msg_hdr
+        length = w.receive_messages[i].msg_len
+        data = <uint8_t *>w.receive_vectors[i].iov_base
+        if w.connected:
+            from_ = w.table.peers[0].endpoint
+        elif not endpoint_from_sockaddr(&from_, header.msg_name, header.msg_namelen):
+            length = 0
+        if header.msg_flags & MSG_TRUNC or length == 0:
+            w.counters.inbound.packets_in += 1
+            w.counters.inbound.bytes_in += length
+            w.counters.inbound.drops[DROP_OVERSIZED if header.msg_flags & MSG_TRUNC else DROP_IN_MALFORMED] += 1
+            continue
+        size = segment_size(header, length)
+        while length:
+            step = size if size < length else length
+            result = take(w, data, step, &from_, now)
+            if result < 0:
+                break
+            data += step
+            length -= step
+        if result < 0:
+            break
+    if w.origin.valid:
+        pthread_mutex_lock(&w.table.lock)
+        settle_origin(w)
+        pthread_mutex_unlock(&w.table.lock)
+    return result
+
+
+# ------------------------------------------------------------------------------------------- loop
+
+cdef int rest(worker_t *w) noexcept nogil:
+    """Sleeps until a descriptor is ready. >= 0, -EINTR, or -errno when a descriptor is dead."""
+    cdef pollfd[3] fds
+    cdef bint waits = w.message_next < w.message_count
+    cdef uint64_t count
+    fds[0].fd = w.event_fd
+    fds[0].events = POLLIN
+    fds[1].fd = -1 if waits else w.tun_fd
+    fds[1].events = POLLIN
+    fds[2].fd = w.udp_fd
+    fds[2].events = POLLIN | POLLOUT if waits else POLLIN
+    w.counters.calls[CALL_POLL] += 1
+    if poll(fds, 3, -1) < 0:
+        return -errno
+    if fds[0].revents:
+        read(w.event_fd, &count, 8)
+    if fds[1].revents & POLLNVAL or fds[2].revents & POLLNVAL:
+        return -EBADF
+    # POLLERR on the UDP socket is an error of a datagram sent earlier: the next receive takes it.
+    # POLLERR on the TUN is a deleted device: the next read says so.
+    w.tun_ready = fds[1].revents != 0
+    w.udp_ready = (fds[2].revents & ~POLLOUT) != 0
+    return 0
+
+
+cdef int serve(worker_t *w) noexcept nogil:
+    """The loop. Returns 0 when stopped, -EINTR for signals to be seen to, -errno when a descriptor is dead."""
+    cdef int result
+    while not load_int(&w.stop):
+        if not (w.tun_ready or w.udp_ready):
+            result = rest(w)
+            if result < 0:
+                return result
+        if w.message_next < w.message_count:
+            result = flush(w)
+            if result < 0:
+                return result
+        if w.tun_ready and w.message_count == 0:
+            result = outbound_burst(w)
+            if result < 0:
+                return result
+        if w.udp_ready:
+            result = inbound_burst(w)
+            if result < 0:
+                return result
+            if w.udp_ready:
+                # Under steady load of one direction no poll tells about the other: look.
+                w.tun_ready = True
+        elif w.tun_ready:
+            w.udp_ready = True
+        if w.message_count:
+            w.tun_ready = False
+        if w.news:
+            w.news = False
+            tell(w.notify_fd)
+    return 0
+
+
+cdef void abandon(worker_t *w) noexcept nogil:
+    """Counts as dropped what is still unsent when the loop ends."""
+    cdef int i
+    for i in range(w.message_next, w.message_count):
+        drop_message(w, i, DROP_UNSENT)
+    w.message_count = 0
+    w.message_next = 0
+    w.vector_count = 0
+
+
+# ---------------------------------------------------------------------------------------- classes
+
+OUTBOUND_DROPS = ("malformed", "no_peer", "too_big", "send_failed", "unsent")
+INBOUND_DROPS = ("malformed", "oversized", "stranger", "martian", "unproven", "table_full", "tun_down",
+                 "tun_full", "tun_refused")
+CALL_NAMES = ("read", "write", "sendmmsg", "recvmmsg", "poll")
+EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload"}
+OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso"}
+FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
+FRAMING_NAMES = {FRAMING_AUTO: "unknown", FRAMING_RAW: "raw", FRAMING_PI: "pi"}
+
+
+cdef bytes packed(object address):
+    """The 16 bytes of an ipaddress object, IPv4 as v4-mapped."""
+    raw = address.packed
+    return raw if len(raw) == 16 else b"\0" * 10 + b"\xff\xff" + raw
+
+
+cdef object unpacked(const address_t *address):
+    raw = (<const uint8_t *>address)[:16]
+    return ipaddress.IPv4Address(raw[12:]) if raw[:12] == b"\0" * 10 + b"\xff\xff" else ipaddress.IPv6Address(raw)
+
+
+cdef int set_address(address_t *to, object address) except -1:
+    raw = packed(address)
+    memcpy(to, <const char *>raw, 16)
+    return 0
+
+
+cdef int set_endpoint_value(endpoint_t *to, tuple value) except -1:
+    host, port, scope_id = value
+    set_address(<address_t *>to, host)
+    to.port = port
+    to.scope_id = scope_id
+    return 0
+
+
+cdef tuple endpoint_value(const endpoint_t *endpoint):
+    return unpacked(<const address_t *>endpoint), endpoint.port, endpoint.scope_id
+
+
+cdef class PeerTable:
+    """The peers of one tunnel, shared by its workers. Methods may be called from any thread.
+
+    family: of the UDP sockets. fixed: one configured peer, set by `set_server`, nothing is learned.
+    allow: outer networks (`ipaddress`) that may send; own: inner addresses that no peer may have.
+    expiry_s: silence after which a peer is forgotten. patience_s: how long an owner may take to answer
+    before a claimant is asked. Addresses and endpoints are `ipaddress` objects and (host, port, scope_id).
+    """
+
+    cdef table_t *t
+    cdef readonly int notify_fd
+
+    def __cinit__(self):
+        self.t = NULL
+        self.notify_fd = -1
+
+    def __init__(self, *, int family=AF_INET6, bint fixed=False, str framing="auto", allow=(), own=(),
+                 double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192):
+        cdef int i
+        if self.t != NULL:
+            raise StateError("a PeerTable is initialised once")
+        if not 0 < peers <= 1 << 20 or not 0 < addresses <= 1 << 20:
+            raise ConfigurationError("peers", "the table's capacities are out of range", "use 1 to 1048576")
+        if len(allow) > MAX_ALLOWED:
+            raise ConfigurationError("allow", f"{len(allow)} networks", f"use at most {MAX_ALLOWED}")
+        self.t = <table_t *>calloc(1, sizeof(table_t))
+        if self.t == NULL:
+            raise MemoryError("fasttun: no memory for the peer table")
+        pthread_mutex_init(&self.t.lock, NULL)
+        self.t.family = family
+        self.t.fixed = fixed
+        self.t.framing = FRAMING_CODES[framing]
+        self.t.expiry_ns = <uint64_t>(expiry_s * 1e9)
+        self.t.patience_ns = <uint64_t>(patience_s * 1e9)
+        self.t.stun_tokens = STUN_BURST
+        key = os.urandom(16)
+        memcpy(&self.t.key, <const char *>key, 16)
+        self.t.peer_capacity = peers
+        self.t.peer_mask = (1 << (peers - 1).bit_length()) - 1
+        self.t.entry_capacity = addresses
+        self.t.entry_mask = (1 << (addresses - 1).bit_length()) - 1
+        self.t.peers = <peer_t *>calloc(peers, sizeof(peer_t))
+        self.t.peer_buckets = <int32_t *>calloc(self.t.peer_mask + 1, sizeof(int32_t))
+        self.t.entries = <entry_t *>calloc(addresses, sizeof(entry_t))
+        self.t.entry_buckets = <int32_t *>calloc(self.t.entry_mask + 1, sizeof(int32_t))
+        if self.t.peers == NULL or self.t.peer_buckets == NULL or self.t.entries == NULL \
+                or self.t.entry_buckets == NULL:
+            raise MemoryError("fasttun: no memory for the peer table")
+        memset(self.t.peer_buckets, 0xff, (self.t.peer_mask + 1) * sizeof(int32_t))
+        memset(self.t.entry_buckets, 0xff, (self.t.entry_mask + 1) * sizeof(int32_t))
+        for i in range(peers):
+            self.t.peers[i].next = i + 1 if i + 1 < peers else -1
+        for i in range(addresses):
+            self.t.entries[i].next = i + 1 if i + 1 < addresses else -1
+        for network in allow:
+            raw = packed(network.network_address)
+            memcpy(self.t.allowed[self.t.allowed_count].network, <const char *>raw, 16)
+            self.t.allowed[self.t.allowed_count].bits = network.prefixlen + (96 if network.version == 4 else 0)
+            self.t.allowed_count += 1
+        for address in list(own)[:MAX_OWN]:
+            set_address(&self.t.own[self.t.own_count], address)
+            self.t.own_count += 1
+        self.notify_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if self.notify_fd < 0:
+            raise DeviceError("eventfd", "peer table", errno)
+
+    def __dealloc__(self):
+        if self.notify_fd >= 0:
+            close(self.notify_fd)
+        if self.t != NULL:
+            pthread_mutex_destroy(&self.t.lock)
+            free(self.t.peers)
+            free(self.t.peer_buckets)
+            free(self.t.entries)
+            free(self.t.entry_buckets)
+            free(self.t)
+
+    cdef void acquire(self) noexcept:
+        with nogil:
+            pthread_mutex_lock(&self.t.lock)
+
+    cdef void release(self) noexcept:
+        pthread_mutex_unlock(&self.t.lock)
+
+    def set_server(self, host, int port, unsigned int scope_id=0):
+        """Makes (host, port) the one peer of a fixed table, or moves it there; its counters go on."""
+        cdef endpoint_t endpoint
+        cdef sockaddr_t address
+        if not self.t.fixed:
+            raise StateError("set_server is for a table with a fixed peer")
+        set_endpoint_value(&endpoint, (host, port, scope_id))
+        if not endpoint_to_sockaddr(&endpoint, self.t.family, &address) and self.t.family in (AF_INET, AF_INET6):
+            raise ConfigurationError("server", f"{host} cannot be reached by this socket's family")
+        self.acquire()
+        try:
+            if self.t.peer_count == 0:
+                self.t.peer_count = 1
+                self.t.peer_free = -1
+                self.t.peers[0].used = 1
+                self.t.peers[0].generation = 1
+                self.t.peers[0].next = -1
+            elif not same_endpoint(&self.t.peers[0].endpoint, &endpoint):
+                self.t.peers[0].framing = FRAMING_AUTO
+            self.t.peers[0].endpoint = endpoint
+            self.t.peers[0].address = address
+        finally:
+            self.release()
+
+    def set_greeting(self, bytes transaction):
+        """The transaction (12 bytes) of the Binding request to the server whose success counts."""
+        if len(transaction) != TRANSACTION_SIZE:
+            raise ConfigurationError("transaction", "is not 12 bytes")
+        self.acquire()
+        memcpy(self.t.greeting, <const char *>transaction, TRANSACTION_SIZE)
+        self.t.greeting_set = True
+        self.release()
+
+    def expire(self):
+        """Forgets the peers that have been silent for longer than the expiry; returns how many."""
+        cdef int removed
+        self.acquire()
+        removed = expire_peers(self.t, now_ns())
+        self.release()
+        return removed
+
+    def peers(self):
+        """A list of dicts, one a peer, by age in the table; `silent_s` is None before the first datagram."""
+        cdef int32_t i, owner
+        cdef uint64_t now
+        cdef peer_t *peer
+        found = {}
+        self.acquire()
+        try:
+            now = now_ns()
+            for i in range(self.t.peer_capacity if self.t.peer_count else 0):
+                peer = &self.t.peers[i]
+                if not peer.used or (not self.t.fixed and is_expired(self.t, i, now)):
+                    continue
+                found[i] = {
+                    "endpoint": endpoint_value(&peer.endpoint),
+                    "framing": FRAMING_NAMES[self.t.framing or peer.framing],
+                    "addresses": [],
+                    "inbound_packets": peer.inbound_packets, "inbound_bytes": peer.inbound_bytes,
+                    "outbound_packets": peer.outbound_packets, "outbound_bytes": peer.outbound_bytes,
+                    "silent_s": None if peer.heard_ns == 0 else
+                                (now - peer.heard_ns if now > peer.heard_ns else 0) / 1e9,
+                }
+            for i in range(self.t.entry_capacity if self.t.entry_count else 0):
+                if self.t.entries[i].used and self.t.entries[i].peer in found:
+                    owner = self.t.entries[i].peer
+                    found[owner]["addresses"].append(unpacked(&self.t.entries[i].address))
+        finally:
+            self.release()
+        return list(found.values())
+
+    def events(self):
+        """Takes the events since the last call: tuples (kind, endpoint, inner address, value)."""
+        cdef event_t *event
+        cdef uint64_t count
+        taken = []
+        read(self.notify_fd, &count, 8)
+        self.acquire()
+        try:
+            while self.t.event_tail != self.t.event_head:
+                event = &self.t.events[self.t.event_tail & (EVENT_RING - 1)]
+                taken.append((EVENT_NAMES[event.kind], endpoint_value(&event.endpoint),
+                              unpacked(&event.address), event.value))
+                self.t.event_tail += 1
+        finally:
+            self.release()
+        return taken
+
+    @property
+    def events_lost(self):
+        """Events that found the ring full."""
+        return self.t.events_lost
+
+    # The three below are the loop's own steps with the clock in the caller's hand, for tests.
+
+    def admit(self, endpoint, address, str framing, unsigned long long at_ns):
+        """What the loop does with a packet: (peer's index or reason below zero, check or None).
+
+        A check is ((host, port, scope_id), transaction) of the Binding request that would be sent.
+        """
+        cdef endpoint_t from_
+        cdef address_t source
+        cdef check_t check
+        cdef bint news = False
+        cdef int32_t peer
+        set_endpoint_value(&from_, endpoint)
+        set_address(&source, address)
+        check.wanted = False
+        self.acquire()
+        peer = admit(self.t, &from_, &source, FRAMING_CODES[framing], at_ns, &check, &news)
+        self.release()
+        if not check.wanted:
+            return peer, None
+        endpoint_from_sockaddr(&from_, check.to.bytes, check.to.length)
+        return peer, (endpoint_value(&from_), check.transaction[:TRANSACTION_SIZE])
+
+    def check_answered(self, endpoint, bytes transaction, unsigned long long at_ns):
+        """What the loop does with a Binding success; whether the transaction was one sent there."""
+        cdef endpoint_t from_
+        cdef bint news = False
+        cdef bint ours
+        set_endpoint_value(&from_, endpoint)
+        if len(transaction) != TRANSACTION_SIZE:
+            raise ConfigurationError("transaction", "is not 12 bytes")
+        self.acquire()
+        ours = check_answered(self.t, &from_, <const uint8_t *><const char *>transaction, at_ns, &news)
+        self.release()
+        return ours
+
+    def lookup(self, address, unsigned long long at_ns):
+        """The endpoint that a packet to `address` goes to, or None."""
+        cdef address_t destination
+        cdef int32_t peer
+        set_address(&destination, address)
+        self.acquire()
+        peer = peer_for(self.t, &destination, at_ns)
+        found = endpoint_value(&self.t.peers[peer].endpoint) if peer >= 0 else None
+        self.release()
+        return found
+
+
+cdef class Engine:
+    """One worker: a TUN queue, a UDP socket, and the loop between them. Descriptors are borrowed.
+
+    mtu: bytes of the largest inner packet expected from either side. burst_packets: 1 to 256 reads from the
+    TUN before they are sent; 1 is one packet a call. udp_gso, udp_gro: the offload is there and wanted
+    (UDP_GRO is already set on the socket). connected: the socket is connected, its peer the only one.
+    `run()` once, from one thread; `stop()` and `counters()` from any.
+    """
+
+    cdef worker_t *w
+    cdef readonly PeerTable table
+    cdef int state
+
+    def __cinit__(self):
+        self.w = NULL
+        self.state = 0
+
+    def __init__(self, PeerTable table not None, *, int tun_fd, int udp_fd, int mtu=1500,
+                 int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint connected=False):
+        cdef int i
+        cdef worker_t *w
+        if self.w != NULL:
+            raise StateError("an Engine is initialised once")
+        if not 1 <= burst_packets <= MAX_BURST:
+            raise ConfigurationError("burst_packets", f"{burst_packets} is out of range", f"use 1 to {MAX_BURST}")
+        if not 68 <= mtu <= 65535:
+            raise ConfigurationError("mtu", f"{mtu} is out of range", "use 68 to 65535")
+        self.table = table
+        w = self.w = <worker_t *>calloc(1, sizeof(worker_t))
+        if w == NULL:
+            raise MemoryError("fasttun: no memory for a worker")
+        w.event_fd = -1
+        w.tun_fd = tun_fd
+        w.udp_fd = udp_fd
+        w.family = table.t.family
+        w.table = table.t
+        w.notify_fd = table.notify_fd
+        w.connected = connected
+        w.mtu = mtu
+        w.burst = burst_packets
+        w.gso = udp_gso
+        w.gro = udp_gro
+        w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
+        w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
+        w.receive_slot = FRAME if udp_gro else (mtu + PI_LENGTH + SLOT - 1) // SLOT * SLOT
+        w.arena = <uint8_t *>calloc(burst_packets, w.slot)
+        w.messages = <mmsghdr *>calloc(MAX_MESSAGES, sizeof(mmsghdr))
+        w.vectors = <iovec *>calloc(MAX_MESSAGES, sizeof(iovec))
+        w.names = <sockaddr_t *>calloc(MAX_MESSAGES, sizeof(sockaddr_t))
+        w.controls = <uint8_t *>calloc(MAX_MESSAGES, CONTROL)
+        w.groups = <group_t *>calloc(MAX_MESSAGES, sizeof(group_t))
+        w.receive_arena = <uint8_t *>calloc(w.receive, w.receive_slot)
+        w.receive_messages = <mmsghdr *>calloc(w.receive, sizeof(mmsghdr))
+        w.receive_vectors = <iovec *>calloc(w.receive, sizeof(iovec))
+        w.receive_names = <sockaddr_t *>calloc(w.receive, sizeof(sockaddr_t))
+        w.receive_controls = <uint8_t *>calloc(w.receive, CONTROL)
+        if w.arena == NULL or w.messages == NULL or w.vectors == NULL or w.names == NULL or w.controls == NULL \
+                or w.groups == NULL or w.receive_arena == NULL or w.receive_messages == NULL \
+                or w.receive_vectors == NULL or w.receive_names == NULL or w.receive_controls == NULL:
+            raise MemoryError("fasttun: no memory for a worker's buffers")
+        for i in range(w.receive):
+            w.receive_vectors[i].iov_base = w.receive_arena + i * w.receive_slot
+            w.receive_vectors[i].iov_len = w.receive_slot
+            w.receive_messages[i].msg_hdr.msg_iov = &w.receive_vectors[i]
+            w.receive_messages[i].msg_hdr.msg_iovlen = 1
+            w.receive_messages[i].msg_hdr.msg_name = NULL if connected else w.receive_names[i].bytes
+            w.receive_messages[i].msg_hdr.msg_control = w.receive_controls + i * CONTROL if udp_gro else NULL
+        for i in range(table.t.own_count):
+            if is_mapped_ipv4(table.t.own[i].high, table.t.own[i].low):
+                if not w.has_own4:
+                    memcpy(w.own4, (<const uint8_t *>&table.t.own[i].low) + 4, 4)
+                    w.has_own4 = True
+            elif not w.has_own6:
+                memcpy(w.own6, &table.t.own[i], 16)
+                w.has_own6 = True
+        w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
+        if w.event_fd < 0:
+            raise DeviceError("eventfd", "worker", errno)
+
+    def __dealloc__(self):
+        if self.w != NULL:
+            if self.w.event_fd >= 0:
+                close(self.w.event_fd)
+            free(self.w.arena)
+            free(self.w.messages)
+            free(self.w.vectors)
+            free(self.w.names)
+            free(self.w.controls)
+            free(self.w.groups)
+            free(self.w.receive_arena)
+            free(self.w.receive_messages)
+            free(self.w.receive_vectors)
+            free(self.w.receive_names)
+            free(self.w.receive_controls)
+            free(self.w)
+
+    def run(self):
+        """Forwards until `stop()`. Raises `DeviceError` when a descriptor is dead, and what a signal raises.
+
+        A second call raises `StateError`.
+        """
+        cdef int result
+        cdef worker_t *w = self.w
+        if self.state:
+            raise StateError("an Engine runs once; make a new one")
+        self.state = 1
+        w.tun_ready = True
+        w.udp_ready = True
+        try:
+            while True:
+                with nogil:
+                    result = serve(w)
+                if result != -EINTR:
+                    break
+                PyErr_CheckSignals()
+        finally:
+            abandon(w)
+            tell(w.notify_fd)
+        if result < 0:
+            raise DeviceError("forward", "tunnel", -result, _dead_hint(-result))
+
+    def stop(self):
+        """Makes `run()` return soon; before `run()`, makes it return at once. Any thread, any number of times."""
+        store_int(&self.w.stop, 1)
+        tell(self.w.event_fd)
+
+    def counters(self):
+        """This worker's counters as plain numbers: `outbound`, `inbound`, `calls`, `errors`, and more."""
+        cdef int i
+        cdef counters_t *c = &self.w.counters
+        return {
+            "outbound": direction(&c.outbound, OUTBOUND_DROPS),
+            "inbound": direction(&c.inbound, INBOUND_DROPS),
+            "calls": {CALL_NAMES[i]: load_u64(&c.calls[i]) for i in range(CALLS)},
+            "errors": {_errno.errorcode.get(i, str(i)): load_u64(&c.errors[i])
+                       for i in range(ERRNO_LIMIT) if load_u64(&c.errors[i])},
+            "control_in": load_u64(&c.control_in), "control_out": load_u64(&c.control_out),
+            "too_big_told": load_u64(&c.too_big_told),
+            "udp_gso": bool(self.w.gso), "udp_gro": bool(self.w.gro),
+        }
+
+
+cdef dict direction(direction_t *d, tuple reasons):
+    cdef int i
+    return {
+        "packets_in": load_u64(&d.packets_in), "bytes_in": load_u64(&d.bytes_in),
+        "packets_out": load_u64(&d.packets_out), "bytes_out": load_u64(&d.bytes_out),
+        "drops": {name: load_u64(&d.drops[i]) for i, name in enumerate(reasons)},
+    }
+
+
+cdef str _dead_hint(int error):
+    if error in (EBADFD, ENODEV):
+        return "the TUN device was deleted while the tunnel ran"
+    if error == EPIPE:
+        return "the other end of the descriptor was closed"
+    return "a descriptor was closed while the tunnel ran"

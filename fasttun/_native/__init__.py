@@ -1,0 +1,1 @@
+"""Header-only modules that the extensions are compiled from; nothing here is importable from Python."""

@@ -1,0 +1,58 @@
+# What a worker counts. Each counter has one writer, its worker; readers use relaxed loads.
+# The names that users see are in fasttun/_core.pyx, in the same order.
+
+from libc.stdint cimport uint64_t
+
+cdef enum:
+    # outbound
+    DROP_OUT_MALFORMED = 0
+    DROP_NO_PEER = 1
+    DROP_TOO_BIG = 2
+    DROP_SEND_FAILED = 3
+    DROP_UNSENT = 4
+    # inbound
+    DROP_IN_MALFORMED = 0
+    DROP_OVERSIZED = 1
+    DROP_STRANGER = 2
+    DROP_MARTIAN = 3
+    DROP_UNPROVEN = 4
+    DROP_TABLE_FULL = 5
+    DROP_TUN_DOWN = 6
+    DROP_TUN_FULL = 7
+    DROP_TUN_REFUSED = 8
+    DROP_REASONS = 9
+
+cdef enum:
+    CALL_READ = 0
+    CALL_WRITE = 1
+    CALL_SENDMMSG = 2
+    CALL_RECVMMSG = 3
+    CALL_POLL = 4
+    CALLS = 5
+
+cdef enum:
+    ERRNO_LIMIT = 134
+    # above EHWPOISON, the last one of Linux
+
+ctypedef struct direction_t:
+    uint64_t packets_in
+    uint64_t bytes_in
+    uint64_t packets_out
+    uint64_t bytes_out
+    uint64_t[9] drops
+
+ctypedef struct counters_t:
+    direction_t outbound
+    direction_t inbound
+    uint64_t[5] calls
+    uint64_t[134] errors
+    uint64_t control_in
+    uint64_t control_out
+    uint64_t too_big_told
+
+
+cdef inline void count_error(counters_t *c, int error) noexcept nogil:
+    if 0 < error < ERRNO_LIMIT:
+        c.errors[error] += 1
+    else:
+        c.errors[0] += 1

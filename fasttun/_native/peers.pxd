@@ -1,0 +1,455 @@
+# Who is behind which inner address: the peer table of the plain mode, and the rule by which an address
+# moves. docs/design.md ("Peer learning") states the rule and what it withstands; tests/support/twins.py
+# holds a slow twin.
+#
+# Two hash tables in fixed arrays: entries (inner address -> peer) and peers (outer endpoint). Every
+# function expects the caller to hold `table.lock`; none of them makes a system call.
+
+from libc.stdint cimport int32_t, uint8_t, uint32_t, uint64_t
+from fasttun._native.endpoint cimport (
+    endpoint_t, endpoint_to_sockaddr, in_network, same_endpoint, sockaddr_t,
+)
+from fasttun._native.packet cimport address_t
+from fasttun._native.siphash cimport siphash, siphash_key_t
+from fasttun._native.system cimport memcpy, memset, pthread_mutex_t
+from fasttun._native.wire cimport FRAMING_AUTO, FRAMING_RAW
+
+cdef enum:
+    MAX_ALLOWED = 256
+    # outer networks of --allow
+    MAX_OWN = 32
+    # this host's inner addresses
+    MAX_ADDRESSES_A_PEER = 1024
+    # so that one sender cannot fill the table
+    EVENT_RING = 256
+    # a power of two
+    CHECK_BUCKETS = 256
+    # a power of two: rate limit of checks, by hash of the endpoint they go to
+    STUN_BURST = 1000
+    # Binding requests answered at once; refilled at the same number a second
+    TRANSACTION_SIZE = 12
+
+cdef enum:
+    CHECKS_NEEDED = 2
+    # unanswered checks of the present owner before a claimant is asked
+
+cdef enum:
+    ADMIT_STRANGER = -1
+    ADMIT_UNPROVEN = -2
+    ADMIT_FULL = -3
+
+cdef enum:
+    EVENT_PEER = 1
+    EVENT_MOVED = 2
+    EVENT_GREETED = 3
+    EVENT_OFFLOAD = 4
+
+ctypedef struct peer_t:
+    endpoint_t endpoint
+    sockaddr_t address
+    uint64_t heard_ns
+    uint64_t first_check_ns
+    uint64_t last_check_ns
+    uint64_t inbound_packets
+    uint64_t inbound_bytes
+    uint64_t outbound_packets
+    uint64_t outbound_bytes
+    uint32_t generation
+    int32_t addresses
+    int32_t next
+    uint8_t used
+    uint8_t framing
+    uint8_t checks
+    uint8_t alternate
+
+ctypedef struct entry_t:
+    address_t address
+    int32_t peer
+    int32_t next
+    uint8_t used
+
+ctypedef struct event_t:
+    endpoint_t endpoint
+    address_t address
+    int32_t kind
+    int32_t value
+
+ctypedef struct check_t:
+    # A Binding request that the caller must send, once the lock is given back.
+    bint wanted
+    sockaddr_t to
+    uint8_t[12] transaction
+
+ctypedef struct allowed_t:
+    uint8_t[16] network
+    int32_t bits
+
+ctypedef struct table_t:
+    pthread_mutex_t lock
+    siphash_key_t key
+    int family
+    bint fixed
+    int framing
+    uint64_t expiry_ns
+    uint64_t patience_ns
+    # how long an owner may take to answer a check
+    int32_t peer_capacity
+    int32_t peer_count
+    int32_t peer_free
+    int32_t peer_mask
+    peer_t *peers
+    int32_t *peer_buckets
+    int32_t entry_capacity
+    int32_t entry_count
+    int32_t entry_free
+    int32_t entry_mask
+    entry_t *entries
+    int32_t *entry_buckets
+    int32_t allowed_count
+    allowed_t[256] allowed
+    int32_t own_count
+    address_t[32] own
+    uint64_t[256] check_sent_ns
+    uint64_t stun_tokens
+    uint64_t stun_refill_ns
+    uint8_t[12] greeting
+    bint greeting_set
+    event_t[256] events
+    uint64_t event_head
+    uint64_t event_tail
+    uint64_t events_lost
+
+
+cdef inline int32_t bucket_of_endpoint(table_t *t, const endpoint_t *e) noexcept nogil:
+    cdef uint64_t[3] words
+    words[0] = e.high
+    words[1] = e.low
+    words[2] = (<uint64_t>e.scope_id << 32) | e.port
+    return <int32_t>(siphash(&t.key, words, 3) & <uint64_t>t.peer_mask)
+
+
+cdef inline int32_t bucket_of_address(table_t *t, const address_t *a) noexcept nogil:
+    cdef uint64_t[2] words
+    words[0] = a.high
+    words[1] = a.low
+    return <int32_t>(siphash(&t.key, words, 2) & <uint64_t>t.entry_mask)
+
+
+cdef inline int32_t find_peer(table_t *t, const endpoint_t *e) noexcept nogil:
+    cdef int32_t i = t.peer_buckets[bucket_of_endpoint(t, e)]
+    while i >= 0 and not same_endpoint(&t.peers[i].endpoint, e):
+        i = t.peers[i].next
+    return i
+
+
+cdef inline int32_t find_entry(table_t *t, const address_t *a) noexcept nogil:
+    cdef int32_t i = t.entry_buckets[bucket_of_address(t, a)]
+    while i >= 0 and not (t.entries[i].address.low == a.low and t.entries[i].address.high == a.high):
+        i = t.entries[i].next
+    return i
+
+
+cdef inline bint table_event(table_t *t, int kind, const endpoint_t *endpoint,
+                             const address_t *address, int value) noexcept nogil:
+    """False when the ring is full: the event is then counted as lost."""
+    cdef event_t *event
+    if t.event_head - t.event_tail >= EVENT_RING:
+        t.events_lost += 1
+        return False
+    event = &t.events[t.event_head & (EVENT_RING - 1)]
+    event.kind = kind
+    event.value = value
+    if endpoint != NULL:
+        event.endpoint = endpoint[0]
+    else:
+        memset(&event.endpoint, 0, sizeof(endpoint_t))
+    if address != NULL:
+        event.address = address[0]
+    else:
+        memset(&event.address, 0, sizeof(address_t))
+    t.event_head += 1
+    return True
+
+
+cdef inline int32_t add_peer(table_t *t, const endpoint_t *e, uint64_t now) noexcept nogil:
+    """The new peer's index, or -1 when the table is full or the endpoint is of no use to the socket."""
+    cdef int32_t i = t.peer_free
+    cdef int32_t bucket
+    cdef uint32_t generation
+    cdef sockaddr_t address
+    if i < 0 or not endpoint_to_sockaddr(e, t.family, &address):
+        return -1
+    t.peer_free = t.peers[i].next
+    generation = t.peers[i].generation + 1
+    memset(&t.peers[i], 0, sizeof(peer_t))
+    t.peers[i].generation = generation
+    t.peers[i].endpoint = e[0]
+    t.peers[i].address = address
+    t.peers[i].heard_ns = now
+    t.peers[i].used = 1
+    bucket = bucket_of_endpoint(t, e)
+    t.peers[i].next = t.peer_buckets[bucket]
+    t.peer_buckets[bucket] = i
+    t.peer_count += 1
+    return i
+
+
+cdef inline void unlink_entry(table_t *t, int32_t index) noexcept nogil:
+    cdef int32_t bucket = bucket_of_address(t, &t.entries[index].address)
+    cdef int32_t i = t.entry_buckets[bucket]
+    if i == index:
+        t.entry_buckets[bucket] = t.entries[index].next
+    else:
+        while t.entries[i].next != index:
+            i = t.entries[i].next
+        t.entries[i].next = t.entries[index].next
+    t.entries[index].used = 0
+    t.entries[index].next = t.entry_free
+    t.entry_free = index
+    t.entry_count -= 1
+
+
+cdef inline void remove_peer(table_t *t, int32_t index) noexcept nogil:
+    """Removes the peer with its entries: one pass over all entries, rare."""
+    cdef int32_t bucket, i
+    if t.peers[index].addresses:
+        for i in range(t.entry_capacity):
+            if t.entries[i].used and t.entries[i].peer == index:
+                unlink_entry(t, i)
+    bucket = bucket_of_endpoint(t, &t.peers[index].endpoint)
+    i = t.peer_buckets[bucket]
+    if i == index:
+        t.peer_buckets[bucket] = t.peers[index].next
+    else:
+        while t.peers[i].next != index:
+            i = t.peers[i].next
+        t.peers[i].next = t.peers[index].next
+    t.peers[index].used = 0
+    t.peers[index].addresses = 0
+    t.peers[index].generation += 1
+    t.peers[index].next = t.peer_free
+    t.peer_free = index
+    t.peer_count -= 1
+
+
+cdef inline bint is_expired(table_t *t, int32_t peer, uint64_t now) noexcept nogil:
+    return now > t.peers[peer].heard_ns and now - t.peers[peer].heard_ns > t.expiry_ns
+
+
+cdef inline int expire_peers(table_t *t, uint64_t now) noexcept nogil:
+    """Removes every peer that has been silent for longer than the expiry; how many."""
+    cdef int32_t i
+    cdef int removed = 0
+    if t.fixed:
+        return 0
+    for i in range(t.peer_capacity):
+        if t.peers[i].used and is_expired(t, i, now):
+            remove_peer(t, i)
+            removed += 1
+    return removed
+
+
+cdef inline void heard_from(table_t *t, int32_t peer, int framing, uint64_t now) noexcept nogil:
+    t.peers[peer].heard_ns = now
+    t.peers[peer].checks = 0
+    # Whoever has sent raw once can read raw; lametun never sends it. So raw sticks.
+    if t.peers[peer].framing != FRAMING_RAW and framing != FRAMING_AUTO:
+        t.peers[peer].framing = <uint8_t>framing
+
+
+cdef inline uint64_t check_tag(table_t *t, const endpoint_t *to, int32_t entry, uint64_t epoch) noexcept nogil:
+    cdef uint64_t[7] words
+    words[0] = to.high
+    words[1] = to.low
+    words[2] = (<uint64_t>to.scope_id << 32) | to.port
+    words[3] = <uint64_t>entry
+    words[4] = t.entries[entry].address.high
+    words[5] = t.entries[entry].address.low
+    words[6] = epoch
+    return siphash(&t.key, words, 7)
+
+
+cdef inline uint64_t check_epoch(uint64_t now) noexcept nogil:
+    """4.3 s steps; an answer counts in the step of its check and in the next."""
+    return now >> 32
+
+
+cdef inline void make_check(table_t *t, const endpoint_t *to, int32_t entry, uint64_t now,
+                            check_t *check) noexcept nogil:
+    """Fills `check` unless that endpoint was checked less than a fifth of the patience ago."""
+    cdef int32_t bucket
+    cdef uint32_t number = <uint32_t>entry
+    cdef uint64_t tag
+    bucket = <int32_t>(check_tag(t, to, 0, 0) & (CHECK_BUCKETS - 1))
+    if now - t.check_sent_ns[bucket] < t.patience_ns // 5:
+        return
+    if not endpoint_to_sockaddr(to, t.family, &check.to):
+        return
+    t.check_sent_ns[bucket] = now
+    tag = check_tag(t, to, entry, check_epoch(now))
+    memcpy(check.transaction, &number, 4)
+    memcpy(check.transaction + 4, &tag, 8)
+    check.wanted = True
+
+
+cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, uint64_t now,
+                         check_t *check) noexcept nogil:
+    """`claimant` sends from an address that another endpoint owns. Ask the owner; if it is mute, ask him."""
+    cdef peer_t *owner = &t.peers[t.entries[entry].peer]
+    if now - owner.heard_ns < t.patience_ns:
+        return
+    if owner.checks == 0:
+        make_check(t, &owner.endpoint, entry, now, check)
+        if check.wanted:
+            owner.checks = 1
+            owner.first_check_ns = now
+            owner.last_check_ns = now
+    elif owner.checks < CHECKS_NEEDED:
+        if now - owner.last_check_ns < t.patience_ns // 3:
+            return
+        make_check(t, &owner.endpoint, entry, now, check)
+        if check.wanted:
+            owner.checks += 1
+            owner.last_check_ns = now
+    elif now - owner.first_check_ns >= t.patience_ns and now - owner.last_check_ns >= t.patience_ns // 3:
+        make_check(t, claimant, entry, now, check)
+
+
+cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *source, int framing,
+                          uint64_t now, check_t *check, bint *news) noexcept nogil:
+    """The peer to which a packet from `source`, received from `from_`, belongs; or ADMIT_* below zero.
+
+    Learns a free address at once. `check.wanted`: a Binding request is to be sent. `news`: set when an
+    event was posted.
+    """
+    cdef int32_t peer, entry, owner, bucket
+    if t.fixed:
+        if t.peer_count == 0 or not same_endpoint(&t.peers[0].endpoint, from_):
+            return ADMIT_STRANGER
+        heard_from(t, 0, framing, now)
+        return 0
+    peer = find_peer(t, from_)
+    entry = find_entry(t, source)
+    if entry >= 0:
+        owner = t.entries[entry].peer
+        if owner == peer:
+            heard_from(t, peer, framing, now)
+            return peer
+        if not is_expired(t, owner, now):
+            contest(t, entry, from_, now, check)
+            return ADMIT_UNPROVEN
+        remove_peer(t, owner)
+    if t.entry_free < 0 or (peer < 0 and t.peer_free < 0):
+        expire_peers(t, now)
+        peer = find_peer(t, from_)
+    if t.entry_free < 0 or (peer >= 0 and t.peers[peer].addresses >= MAX_ADDRESSES_A_PEER):
+        return ADMIT_FULL
+    if peer < 0:
+        peer = add_peer(t, from_, now)
+        if peer < 0:
+            return ADMIT_FULL
+        news[0] = table_event(t, EVENT_PEER, from_, source, 0) or news[0]
+    entry = t.entry_free
+    t.entry_free = t.entries[entry].next
+    t.entries[entry].address = source[0]
+    t.entries[entry].peer = peer
+    t.entries[entry].used = 1
+    bucket = bucket_of_address(t, source)
+    t.entries[entry].next = t.entry_buckets[bucket]
+    t.entry_buckets[bucket] = entry
+    t.entry_count += 1
+    t.peers[peer].addresses += 1
+    heard_from(t, peer, framing, now)
+    return peer
+
+
+cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const uint8_t *transaction,
+                                uint64_t now, bint *news) noexcept nogil:
+    """A Binding success has come from `from_`. False when its transaction is none that we have sent there.
+
+    From the owner of the address: the owner lives, the claim falls. From the claimant: the address moves,
+    if the owner has stayed mute since it was asked.
+    """
+    cdef uint32_t number
+    cdef uint64_t tag
+    cdef int32_t entry, peer, owner
+    memcpy(&number, transaction, 4)
+    memcpy(&tag, transaction + 4, 8)
+    if number >= <uint32_t>t.entry_capacity or not t.entries[number].used:
+        return False
+    entry = <int32_t>number
+    if tag != check_tag(t, from_, entry, check_epoch(now)) and \
+            tag != check_tag(t, from_, entry, check_epoch(now) - 1):
+        return False
+    owner = t.entries[entry].peer
+    peer = find_peer(t, from_)
+    if owner == peer:
+        heard_from(t, owner, FRAMING_RAW, now)
+        return True
+    if t.peers[owner].checks < CHECKS_NEEDED or now - t.peers[owner].first_check_ns < t.patience_ns:
+        return True
+    if peer < 0:
+        peer = add_peer(t, from_, now)
+        if peer < 0:
+            return True
+    if t.peers[peer].addresses >= MAX_ADDRESSES_A_PEER:
+        return True
+    t.entries[entry].peer = peer
+    t.peers[peer].addresses += 1
+    heard_from(t, peer, FRAMING_RAW, now)
+    t.peers[owner].addresses -= 1
+    if t.peers[owner].addresses == 0:
+        remove_peer(t, owner)
+    news[0] = table_event(t, EVENT_MOVED, from_, &t.entries[entry].address, 0) or news[0]
+    return True
+
+
+cdef inline int32_t peer_for(table_t *t, const address_t *destination, uint64_t now) noexcept nogil:
+    """The peer that a packet to `destination` goes to, or -1.
+
+    The owner of the address; else, when there is only one peer, that one.
+    """
+    cdef int32_t entry, i
+    if t.fixed:
+        return 0 if t.peer_count else -1
+    if t.peer_count == 0:
+        return -1
+    entry = find_entry(t, destination)
+    if entry >= 0:
+        return -1 if is_expired(t, t.entries[entry].peer, now) else t.entries[entry].peer
+    if t.peer_count == 1:
+        for i in range(t.peer_capacity):
+            if t.peers[i].used:
+                return -1 if is_expired(t, i, now) else i
+    return -1
+
+
+cdef inline bint is_allowed(const table_t *t, const endpoint_t *from_) noexcept nogil:
+    """Whether the outer address is within --allow; with none given, all are."""
+    cdef int32_t i
+    for i in range(t.allowed_count):
+        if in_network(from_.high, from_.low, t.allowed[i].network, t.allowed[i].bits):
+            return True
+    return t.allowed_count == 0
+
+
+cdef inline bint is_own(const table_t *t, const address_t *a) noexcept nogil:
+    """Whether it is an inner address of this host, which no peer may have."""
+    cdef int32_t i
+    for i in range(t.own_count):
+        if t.own[i].low == a.low and t.own[i].high == a.high:
+            return True
+    return False
+
+
+cdef inline bint may_answer_stun(table_t *t, uint64_t now) noexcept nogil:
+    """A token bucket over all sources: bounds what a flood of requests can make us send."""
+    cdef uint64_t step = 1000000000 // STUN_BURST
+    cdef uint64_t gained = (now - t.stun_refill_ns) // step
+    if gained:
+        t.stun_tokens = STUN_BURST if gained > STUN_BURST - t.stun_tokens else t.stun_tokens + gained
+        t.stun_refill_ns += gained * step
+    if t.stun_tokens == 0:
+        return False
+    t.stun_tokens -= 1
+    return True

@@ -1,0 +1,235 @@
+"""Python faces of the per-packet helpers, for property tests and benchmarks. Not for use: nothing in the
+package imports it, and it may change with any version.
+
+Every buffer handed to a helper is allocated at its exact size, so that a sanitizer sees the first byte past it.
+"""
+
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdlib cimport free, malloc
+from libc.string cimport memcpy, memset
+
+from fasttun._native.checksum cimport (
+    ft_checksum_force, ft_checksum_variant, ft_checksum_variant_at, ft_copy_sum, ft_fold, ft_load16, ft_pseudo_v4,
+    ft_pseudo_v6, ft_store16, ft_sum,
+)
+from fasttun._native.coalesce cimport (
+    COALESCE_MAX_PACKETS, coalesced_frame_t, coalescer_add, coalescer_finish, coalescer_init, coalescer_reset,
+    coalescer_t,
+)
+from fasttun._native.segment cimport (
+    SEGMENT_BAD_CHECKSUM, SEGMENT_BAD_GSO, SEGMENT_BAD_HEADER, SEGMENT_NO_ROOM, SEGMENT_TOO_LONG,
+    complete_checksum, segment_frame, segment_out_size, segments_t,
+)
+from fasttun._native.vnet cimport VNET_HEADER_LENGTH, vnet_header_t
+
+BURST_PACKETS = COALESCE_MAX_PACKETS
+
+_REASONS = {
+    SEGMENT_BAD_HEADER: "bad header",
+    SEGMENT_BAD_CHECKSUM: "bad checksum offsets",
+    SEGMENT_BAD_GSO: "bad gso",
+    SEGMENT_TOO_LONG: "too long",
+    SEGMENT_NO_ROOM: "no room",
+}
+
+
+cdef uint8_t *_copied(bytes data) except NULL:
+    cdef uint8_t *copy = <uint8_t *>malloc(len(data) if data else 1)
+    if copy == NULL:
+        raise MemoryError
+    memcpy(copy, PyBytes_AS_STRING(data), len(data))
+    return copy
+
+
+def checksum_variants():
+    """Names of the checksum variants that this processor supports, best first."""
+    names = []
+    while ft_checksum_variant_at(len(names)) != NULL:
+        names.append(ft_checksum_variant_at(len(names)).decode())
+    return names
+
+
+def checksum_variant():
+    """Name of the variant in use."""
+    return ft_checksum_variant().decode()
+
+
+cdef int _force(variant) except -1:
+    cdef bytes name
+    if variant is None:
+        return ft_checksum_force(NULL)
+    name = variant.encode()
+    if ft_checksum_force(name) < 0:
+        raise ValueError(f"this processor has no {variant}")
+    return 0
+
+
+def checksum(bytes data not None, variant=None, initial=0):
+    """Folded sum of `data` in network order, not inverted. variant: a name of `checksum_variants()`."""
+    cdef uint8_t *copy
+    cdef uint64_t sum
+    cdef uint64_t start = initial
+    cdef uint8_t folded[2]
+    _force(variant)
+    copy = _copied(data)
+    sum = ft_sum(copy, len(data), start)
+    free(copy)
+    _force(None)
+    ft_store16(folded, ft_fold(sum))
+    return folded[0] << 8 | folded[1]
+
+
+def copy_checksum(bytes data not None, variant=None):
+    """`(copy, folded sum)` by the fused pass."""
+    cdef uint8_t *source
+    cdef uint64_t sum
+    cdef uint8_t folded[2]
+    cdef bytes copy = PyBytes_FromStringAndSize(NULL, len(data))
+    cdef uint8_t *target
+    _force(variant)
+    source = _copied(data)
+    target = _copied(data)
+    memset(target, 0xa5, len(data))
+    sum = ft_copy_sum(target, source, len(data), 0)
+    memcpy(PyBytes_AS_STRING(copy), target, len(data))
+    free(source)
+    free(target)
+    _force(None)
+    ft_store16(folded, ft_fold(sum))
+    return copy, folded[0] << 8 | folded[1]
+
+
+def pseudo_header(bytes addresses not None, int protocol, int length):
+    """Folded pseudo-header sum in network order; `addresses` is 8 or 32 bytes long."""
+    cdef uint8_t folded[2]
+    if len(addresses) == 8:
+        ft_store16(folded, ft_fold(ft_pseudo_v4(<const uint8_t *>PyBytes_AS_STRING(addresses), protocol, length)))
+    elif len(addresses) == 32:
+        ft_store16(folded, ft_fold(ft_pseudo_v6(<const uint8_t *>PyBytes_AS_STRING(addresses), protocol, length)))
+    else:
+        raise ValueError("addresses: 8 or 32 bytes")
+    return folded[0] << 8 | folded[1]
+
+
+cdef int _vnet(bytes data, vnet_header_t *vnet) except -1:
+    if len(data) != VNET_HEADER_LENGTH:
+        raise ValueError("vnet: 10 bytes")
+    memcpy(vnet, PyBytes_AS_STRING(data), VNET_HEADER_LENGTH)
+    return 0
+
+
+def split(bytes vnet not None, bytes frame not None, size_t max_packet=65535, size_t head_room=0,
+          size_t tail_room=0, out_size=None):
+    """The packets that one frame is split to. Raises ValueError(reason)."""
+    cdef vnet_header_t header
+    cdef segments_t segments
+    cdef size_t room, i, length
+    cdef uint8_t *source
+    cdef uint8_t *out
+    cdef int count
+    _vnet(vnet, &header)
+    room = segment_out_size(head_room, tail_room) if out_size is None else out_size
+    out = <uint8_t *>malloc(room if room else 1)
+    if out == NULL:
+        raise MemoryError
+    if head_room or tail_room:
+        memset(out, 0xa5, room)
+    source = _copied(frame)
+    count = segment_frame(
+        &header, source, len(frame), out, room, head_room, tail_room, max_packet, &segments)
+    free(source)
+    try:
+        if count < 0:
+            raise ValueError(_REASONS.get(count))
+        packets = []
+        for i in range(segments.count):
+            length = segments.packet_length if i + 1 < segments.count else segments.last_length
+            for at in list(range(i * segments.stride, i * segments.stride + head_room)) + \
+                    list(range(i * segments.stride + head_room + length,
+                               i * segments.stride + head_room + length + tail_room)):
+                if out[<size_t>at] != 0xa5:
+                    raise AssertionError("a packet's room was written")
+            packets.append(PyBytes_FromStringAndSize(<char *>out + i * segments.stride + head_room, length))
+        return packets
+    finally:
+        free(out)
+
+
+def complete(bytes vnet not None, bytes packet not None):
+    """The packet with its partial checksum finished in place. Raises ValueError(reason)."""
+    cdef vnet_header_t header
+    cdef uint8_t *copy
+    cdef int result
+    _vnet(vnet, &header)
+    copy = _copied(packet)
+    result = complete_checksum(&header, copy, len(packet))
+    try:
+        if result < 0:
+            raise ValueError(_REASONS.get(result))
+        return PyBytes_FromStringAndSize(<char *>copy, len(packet))
+    finally:
+        free(copy)
+
+
+cdef class Coalescer:
+    """One coalescer and one burst of packets in it."""
+
+    cdef coalescer_t *_coalescer
+    cdef list _packets
+    cdef uint8_t *_memory[COALESCE_MAX_PACKETS]
+    cdef size_t _held
+
+    def __cinit__(self, *, bint join_tcp=True, bint join_udp=True, bint join_fixed_ids=False):
+        self._held = 0
+        self._coalescer = <coalescer_t *>malloc(sizeof(coalescer_t))
+        if self._coalescer == NULL:
+            raise MemoryError
+        coalescer_init(self._coalescer, join_tcp, join_udp, join_fixed_ids)
+
+    def __dealloc__(self):
+        self._release()
+        free(self._coalescer)
+
+    cdef void _release(self) noexcept:
+        cdef size_t i
+        for i in range(self._held):
+            free(self._memory[i])
+        self._held = 0
+
+    def join(self, list packets not None):
+        """`(vnet header, frame, packets joined)` for each frame of one burst, in order."""
+        cdef coalesced_frame_t *frame
+        cdef uint8_t *copy
+        cdef size_t i, j, at
+        cdef bytes whole
+        self._release()
+        coalescer_reset(self._coalescer)
+        if len(packets) > COALESCE_MAX_PACKETS:
+            raise ValueError(f"at most {COALESCE_MAX_PACKETS} packets a burst")
+        for packet in packets:
+            copy = _copied(packet)
+            self._memory[self._held] = copy
+            self._held += 1
+            if coalescer_add(self._coalescer, copy, <uint16_t>len(packet)) < 0:
+                raise AssertionError("full before its limit")
+        frames = []
+        for i in range(coalescer_finish(self._coalescer)):
+            frame = &self._coalescer.frames[i]
+            whole = PyBytes_FromStringAndSize(NULL, VNET_HEADER_LENGTH + frame.length)
+            at = 0
+            for j in range(frame.iov_count):
+                if at + frame.iov[j].iov_len > <size_t>len(whole):
+                    raise AssertionError("iovecs are longer than the frame")
+                memcpy(PyBytes_AS_STRING(whole) + at, frame.iov[j].iov_base, frame.iov[j].iov_len)
+                at += frame.iov[j].iov_len
+            if at != <size_t>len(whole):
+                raise AssertionError("iovecs are shorter than the frame")
+            frames.append((whole[:VNET_HEADER_LENGTH], whole[VNET_HEADER_LENGTH:], frame.packets))
+        return frames
+
+
+def join(list packets not None, join_udp=True, join_tcp=True, join_fixed_ids=False):
+    """`[(vnet header, frame)]` of one burst of at most BURST_PACKETS packets."""
+    coalescer = Coalescer(join_tcp=join_tcp, join_udp=join_udp, join_fixed_ids=join_fixed_ids)
+    return [(vnet, frame) for vnet, frame, _ in coalescer.join(packets)]

@@ -1,0 +1,1 @@
+../../bench/pure_python.py

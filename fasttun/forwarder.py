@@ -1,0 +1,601 @@
+"""Forwarder: one running tunnel, as an object. Opens what the configuration names, runs the loop, undoes all.
+
+start() takes: socket, device, peer table, workers, watcher; whatever fails half-way is undone in reverse.
+Not for: the loop (fasttun/_core.pyx), the device (fasttun/device.py), when to greet (plain/greeting.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import select
+import socket
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+from . import offload
+from ._core import Engine, PeerTable
+from .config import DEFAULT_DEVICE, DEFAULT_PORT, Interface, Network, TunnelConfig
+from .endpoint import Endpoint, open_udp, resolve
+from .errors import ConfigurationError, EndpointError, FasttunError, StateError
+from .mtu import inner_mtu, path_mtu
+from .plain.greeting import Greeter
+from .stats import DirectionStats, PeerStats, Stats
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from .device import TunDevice
+
+__all__ = ["Forwarder"]
+
+log = logging.getLogger("fasttun")
+
+BURST_PACKETS = 64
+ETHERNET_MTU = 1500
+EXPIRE_EVERY_S = 15.0
+
+Addresses = str | Interface | Iterable[str | Interface]
+Networks = str | Network | Iterable[str | Network]
+
+
+class Forwarder:
+    """A tunnel between a TUN device and a UDP socket. Usable from any thread; starts once, stops for good.
+
+    Keywords as `TunnelConfig`. `on_peer(PeerStats)`: called from a thread of the tunnel when a peer is
+    heard first or has moved; it must not block. `before_threads()`: called once all is open, before the
+    first thread, for dropping privileges.
+    Raises `ConfigurationError` here; `start()` raises `DeviceError` and `EndpointError`.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen: bool = False,
+        server: str | None = None,
+        port: int = DEFAULT_PORT,
+        device: str = DEFAULT_DEVICE,
+        address: Addresses = (),
+        route: Networks = (),
+        mtu: int | str | None = None,
+        framing: str = "auto",
+        bind: str | None = None,
+        allow: Networks = (),
+        workers: int = 1,
+        tun_fd: int | None = None,
+        udp_fd: int | None = None,
+        tun_offload: bool = True,
+        udp_gso: bool = True,
+        udp_gro: bool = True,
+        batch: bool = True,
+        busy_poll_us: int = 0,
+        on_peer: Callable[[PeerStats], object] | None = None,
+        before_threads: Callable[[], object] | None = None,
+    ) -> None:
+        fields: dict[str, Any] = {
+            "listen": listen, "server": server, "port": port, "device": device, "address": address,
+            "route": route, "mtu": mtu, "framing": framing, "bind": bind, "allow": allow, "workers": workers,
+            "tun_fd": tun_fd, "udp_fd": udp_fd, "tun_offload": tun_offload, "udp_gso": udp_gso,
+            "udp_gro": udp_gro, "batch": batch, "busy_poll_us": busy_poll_us,
+        }
+        self._prepare(TunnelConfig(**fields), on_peer, before_threads)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: TunnelConfig,
+        *,
+        on_peer: Callable[[PeerStats], object] | None = None,
+        before_threads: Callable[[], object] | None = None,
+    ) -> Forwarder:
+        """A tunnel from a configuration that is already validated."""
+        self = cls.__new__(cls)
+        self._prepare(config, on_peer, before_threads)
+        return self
+
+    def _prepare(self, config: TunnelConfig, on_peer: Callable[[PeerStats], object] | None,
+                 before_threads: Callable[[], object] | None) -> None:
+        self.config = config
+        self.device: TunDevice | None = None
+        self.mtu = config.mtu or 0
+        """Bytes of the largest inner packet; 0 before `start()` when it is derived from the path."""
+        self._on_peer = on_peer
+        self._before_threads = before_threads
+        self._lock = threading.Lock()
+        self._ended = threading.Event()
+        self._on_end: list[Callable[[], object]] = []
+        self._state = "new"
+        self._error: FasttunError | None = None
+        self._undo = contextlib.ExitStack()
+        self._sockets: list[socket.socket] = []
+        self._engines: list[Engine] = []
+        self._threads: list[threading.Thread] = []
+        self._watcher: threading.Thread | None = None
+        self._wake = -1
+        self._resolve_asked = False
+        self._offloads: dict[str, str] = {}
+        self._started_at = 0.0
+        self._table: PeerTable | None = None
+        self._greeter: Greeter | None = None
+        self._final: Stats | None = None
+        self._pinned: set[object] = set()
+
+    # ------------------------------------------------------------------------------- life cycle
+
+    def start(self) -> None:
+        """Sets everything up and starts forwarding; returns at once. What fails half-way is undone."""
+        with self._lock:
+            if self._state != "new":
+                raise StateError(f"this tunnel is {self._state}; make a new Forwarder")
+            self._state = "starting"
+        try:
+            self._set_up()
+        except BaseException:
+            self._state = "closed"
+            self._undo.close()
+            self._finish()
+            raise
+
+    def stop(self) -> None:
+        """Ends forwarding and puts back devices, addresses and routes. May be called twice, from any thread."""
+        with self._lock:
+            if self._state in ("new", "closed", "closing"):
+                if self._state == "new":
+                    self._state = "closed"
+                    self._ended.set()
+                return
+            self._state = "closing"
+        for engine in self._engines:
+            engine.stop()
+        here = threading.current_thread()
+        for thread in self._threads:
+            if thread is not here:
+                thread.join()
+        self._wake_watcher()
+        if self._watcher is not None and self._watcher is not here:
+            self._watcher.join()
+        self._final = self.stats()
+        self._undo.close()
+        self._state = "closed"
+        self._finish()
+
+    close = stop
+
+    def run(self) -> None:
+        """start(), then wait until the tunnel ends, then stop(). Raises what ended it."""
+        if self._state == "new":
+            self.start()
+        try:
+            self.wait()
+        finally:
+            self.stop()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Waits until the tunnel has ended, or `timeout` seconds: whether it has. Raises what ended it."""
+        if self._state == "new":
+            raise StateError("the tunnel was not started")
+        ended = self._ended.wait(timeout)
+        if ended and self._error is not None:
+            raise self._error
+        return ended
+
+    async def wait_closed(self) -> None:
+        """As `wait()`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[None] = loop.create_future()
+
+        def settle() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        def ended() -> None:
+            with contextlib.suppress(RuntimeError):  # the event loop was closed meanwhile
+                loop.call_soon_threadsafe(settle)
+
+        with self._lock:
+            if not self._ended.is_set():
+                self._on_end.append(ended)
+            else:
+                settle()
+        await future
+        if self._error is not None:
+            raise self._error
+
+    def __enter__(self) -> Forwarder:
+        self.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                 traceback: TracebackType | None) -> None:
+        self.stop()
+
+    async def __aenter__(self) -> Forwarder:
+        await asyncio.to_thread(self.start)
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
+                        traceback: TracebackType | None) -> None:
+        await asyncio.to_thread(self.stop)
+
+    def _finish(self) -> None:
+        with self._lock:
+            self._ended.set()
+            waiting, self._on_end = self._on_end, []
+        for tell in waiting:
+            tell()
+
+    # ------------------------------------------------------------------------------------ set-up
+
+    def _set_up(self) -> None:
+        config = self.config
+        servers = resolve(config.server, config.port) if config.server is not None else []
+        connected = self._open_sockets(servers)
+        family = self._sockets[0].family
+        if servers:
+            servers = self._reachable(servers, family)
+        if not self.mtu:
+            self.mtu = self._derive_mtu(servers, family)
+        tun_fds = self._open_device(servers)
+        own = self._own_addresses()
+        self._table = PeerTable(
+            family=int(family), fixed=not config.listen, framing=config.framing, allow=config.allow, own=own)
+        if servers:
+            first = servers[0]
+            self._table.set_server(first.host, first.port, first.scope_id)
+            self._greeter = Greeter(servers, time.monotonic(), resolvable=not _is_literal(config.server))
+        elif connected:
+            self._table.set_server(ipaddress.IPv6Address(0), 0)
+        for tun_fd, sock in zip(tun_fds, self._sockets, strict=True):
+            self._offloads = offload.enable_udp(
+                sock, gso=config.udp_gso and config.batch, gro=config.udp_gro and config.batch)
+            self._engines.append(Engine(
+                self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
+                burst_packets=BURST_PACKETS if config.batch else 1,
+                udp_gso=self._offloads["udp-gso"] == offload.ON,
+                udp_gro=self._offloads["udp-gro"] == offload.ON))
+        self._offloads["batch"] = offload.ON if config.batch else "off: asked for"
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._undo.callback(os.close, self._wake)
+        if self._before_threads is not None:
+            self._before_threads()
+        self._started_at = time.monotonic()
+        self._state = "running"
+        for number, engine in enumerate(self._engines):
+            thread = threading.Thread(target=self._work, args=(engine,), name=f"fasttun-{number}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        self._watcher = threading.Thread(target=self._watch, name="fasttun-watch", daemon=True)
+        self._watcher.start()
+
+    def _open_sockets(self, servers: list[Endpoint]) -> bool:
+        """Fills `self._sockets`, one a worker; whether they are connected to the only peer."""
+        config = self.config
+        if config.udp_fd is not None:
+            sock = self._keep(socket.socket(fileno=os.dup(config.udp_fd)))
+            self._sockets.append(sock)
+            try:
+                sock.getpeername()
+            except OSError:
+                if not config.listen and not servers:
+                    raise ConfigurationError(
+                        "udp_fd", "is not connected, and neither listen nor server is given",
+                        "connect it to the peer, or say listen=True or server=HOST") from None
+                return False
+            return True
+        port = config.port if config.listen else 0
+        if config.bind is not None:
+            family = socket.AF_INET6 if ipaddress.ip_address(config.bind.split("%")[0]).version == 6 \
+                else socket.AF_INET
+        elif servers and all(server.host.version == 4 for server in servers):
+            family = socket.AF_INET
+        else:
+            family = socket.AF_INET6
+        for _ in range(config.workers):
+            sock = self._keep(open_udp(bind=config.bind, port=port, family=family,
+                                       reuse_port=config.workers > 1))
+            self._sockets.append(sock)
+            port = sock.getsockname()[1]
+        return False
+
+    def _reachable(self, servers: list[Endpoint], family: int) -> list[Endpoint]:
+        """The addresses that the socket's family has and this host has a route to, in their order."""
+        error: EndpointError | None = None
+        found = []
+        for server in servers:
+            if family == socket.AF_INET and server.host.version == 6:
+                continue
+            try:
+                path_mtu(server.host)
+            except EndpointError as unreachable:
+                error = error or unreachable
+            else:
+                found.append(server)
+        if not found:
+            if error is not None:
+                raise error
+            raise ConfigurationError("server", f"{self.config.server!r} has no address of the socket's family",
+                                     "bind to an address of the same family as the server's")
+        return found
+
+    def _derive_mtu(self, servers: list[Endpoint], family: int) -> int:
+        config = self.config
+        framing = "pi" if config.framing == "pi" else "raw"
+        if servers:
+            host = servers[0].host
+            return inner_mtu(path_mtu(host), host.version, framing)
+        if config.bind is not None:
+            host = ipaddress.ip_address(config.bind.split("%")[0])
+            if not host.is_unspecified:
+                return inner_mtu(_interface_mtu(host), host.version, framing)
+        return inner_mtu(ETHERNET_MTU, 4, framing)
+
+    def _open_device(self, servers: list[Endpoint]) -> tuple[int, ...]:
+        config = self.config
+        if config.tun_fd is not None:
+            fd = os.dup(config.tun_fd)
+            self._undo.callback(os.close, fd)
+            if os.get_blocking(fd):
+                os.set_blocking(fd, False)
+                self._undo.callback(_restore_blocking, fd)
+            return (fd,)
+        from .device import TunDevice
+
+        device = TunDevice.open(config.device, queues=config.workers)
+        self._undo.callback(device.close)
+        self.device = device
+        device.configure(addresses=config.address, routes=config.route, mtu=self._device_mtu(device))
+        self.mtu = max(self.mtu, device.mtu())
+        for server in servers:
+            self._pin(server)
+        return device.fds
+
+    def _device_mtu(self, device: TunDevice) -> int | None:
+        """The MTU to set; None leaves an attached device's own, when nothing was asked for."""
+        if device.created or self.config.mtu is not None or self.config.address:
+            return self.mtu
+        return None
+
+    def _pin(self, server: Endpoint) -> None:
+        """Keeps the way to the server out of the tunnel when a route of the tunnel covers it."""
+        if self.device is None or server.host in self._pinned:
+            return
+        if any(server.host in network for network in self.config.route):
+            self.device.pin_route(server.host)
+            self._pinned.add(server.host)
+
+    def _own_addresses(self) -> list[ipaddress.IPv4Address | ipaddress.IPv6Address]:
+        if self.device is not None:
+            return [interface.ip for interface in self.device.addresses()]
+        return [interface.ip for interface in self.config.address]
+
+    def _keep(self, sock: socket.socket) -> socket.socket:
+        self._undo.callback(sock.close)
+        return sock
+
+    # ----------------------------------------------------------------------------------- threads
+
+    def _work(self, engine: Engine) -> None:
+        try:
+            engine.run()
+        except FasttunError as error:
+            self._fail(error)
+        except BaseException as error:  # a signal handler that raised, or a defect: both end the tunnel
+            log.exception("the loop ended unexpectedly")
+            self._fail(StateError(f"the loop ended: {error!r}"))
+
+    def _fail(self, error: FasttunError) -> None:
+        if self._state == "running" and self._error is None:
+            self._error = error
+            for engine in self._engines:
+                engine.stop()
+            self._finish()
+
+    def _watch(self) -> None:
+        """Takes the workers' events, greets the server, forgets the silent. Sleeps when nothing is due."""
+        table = self._table
+        assert table is not None
+        known_server = False
+        expire_at = time.monotonic() + EXPIRE_EVERY_S
+        while self._state == "running" and not self._ended.is_set():
+            now = time.monotonic()
+            wait = max(0.0, expire_at - now) if self.config.listen else 3600.0
+            if self._greeter is not None:
+                wait = min(wait, self._greet(now))
+            if self._resolve_asked:
+                self._resolve_asked = False
+                self._take_new_addresses()
+                continue
+            if not self.config.listen and not known_server:
+                peers = self.peers
+                known_server = bool(peers) and peers[0].silent_s != float("inf")
+                if known_server:
+                    self._tell_peer(peers[0])
+                else:
+                    wait = min(wait, 1.0)
+            ready, _, _ = select.select([table.notify_fd, self._wake], [], [], wait)
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            for kind, endpoint, address, value in table.events():
+                self._take_event(kind, Endpoint(*endpoint), address, value)
+            if self.config.listen and time.monotonic() >= expire_at:
+                expire_at = time.monotonic() + EXPIRE_EVERY_S
+                forgotten = table.expire()
+                if forgotten:
+                    log.info("%d silent peer(s) forgotten", forgotten)
+
+    def _wake_watcher(self) -> None:
+        with contextlib.suppress(OSError):
+            os.eventfd_write(self._wake, 1)
+
+    def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int) -> None:
+        if kind == "greeted":
+            log.debug("the server answers; it sees this host as %s", endpoint)
+        elif kind == "offload":
+            name, code = "udp-gso", value & 0xffff
+            reason = f"off: given up at run time ({os.strerror(code)})"
+            if self._offloads.get(name) != reason:
+                self._offloads[name] = reason
+                log.warning("%s %s; sending packet by packet", name, reason)
+        else:
+            log.info("peer %s %s %s", address, "is at" if kind == "peer" else "has moved to", endpoint)
+            for peer in self.peers:
+                if peer.endpoint == endpoint:
+                    self._tell_peer(peer)
+
+    def _tell_peer(self, peer: PeerStats) -> None:
+        if self._on_peer is not None:
+            try:
+                self._on_peer(peer)
+            except Exception:
+                log.exception("on_peer raised")
+
+    def _greet(self, now: float) -> float:
+        assert self._greeter is not None
+        peers = self.peers
+        step = self._greeter.poll(now, peers[0].silent_s if peers else float("inf"))
+        if step.move_to is not None:
+            log.info("no answer; trying the server's next address, %s", step.move_to)
+            self._move_server(step.move_to)
+        if step.resolve:
+            log.info("the server has been silent; resolving %s again", self.config.server)
+            self._take_new_addresses()
+        if step.greet:
+            self._send_greeting(self._greeter.current)
+        return step.wait_s
+
+    def _send_greeting(self, server: Endpoint) -> None:
+        assert self._table is not None
+        transaction = os.urandom(12)
+        self._table.set_greeting(transaction)
+        sock = self._sockets[0]
+        request = b"\x00\x01\x00\x00\x21\x12\xa4\x42" + transaction  # RFC 8489 §5: Binding, no attributes
+        with contextlib.suppress(OSError):  # the network may be down: the next greeting comes by itself
+            sock.sendto(request, socket.MSG_DONTWAIT, server.sockaddr(sock.family))
+
+    def _take_new_addresses(self) -> None:
+        assert self.config.server is not None and self._greeter is not None
+        try:
+            servers = self._reachable(resolve(self.config.server, self.config.port), self._sockets[0].family)
+        except FasttunError as error:
+            log.warning("%s", error)
+            return
+        moved = self._greeter.replace(servers, time.monotonic())
+        if moved is not None:
+            log.info("the server has moved to %s", moved)
+            self._move_server(moved)
+
+    def _move_server(self, server: Endpoint) -> None:
+        assert self._table is not None
+        try:
+            self._pin(server)
+        except FasttunError as error:
+            log.warning("%s", error)
+        self._table.set_server(server.host, server.port, server.scope_id)
+
+    def resolve_again(self) -> None:
+        """Has the server's name resolved again, soon and in a thread of the tunnel. A listener ignores it."""
+        if self._greeter is not None:
+            self._resolve_asked = True
+            self._wake_watcher()
+
+    # --------------------------------------------------------------------------------- what it is
+
+    @property
+    def running(self) -> bool:
+        """Whether packets are being forwarded."""
+        return self._state == "running" and not self._ended.is_set()
+
+    @property
+    def local_port(self) -> int:
+        """The UDP port of this side; 0 before `start()` and on sockets that have none."""
+        name = self._sockets[0].getsockname() if self._sockets and self._state == "running" else None
+        return int(name[1]) if isinstance(name, tuple) else 0
+
+    @property
+    def peers(self) -> tuple[PeerStats, ...]:
+        """The peers as they are now: the server, or those that a listener has learned."""
+        return _peers(self._table) if self._table is not None else ()
+
+    def wait_peer(self, timeout: float | None = None) -> PeerStats:
+        """Waits until a peer has been heard and returns it. Raises `TimeoutError` after `timeout` seconds."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while True:
+            heard = [peer for peer in self.peers if peer.silent_s != float("inf")]
+            if heard:
+                return min(heard, key=lambda peer: peer.silent_s)
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                raise TimeoutError(f"no peer was heard within {timeout} s")
+            if self.wait(0.02 if left is None else min(0.02, left)):
+                raise StateError("the tunnel has ended")
+
+    def stats(self) -> Stats:
+        """A snapshot of all counters; after `stop()` the last one."""
+        if self._final is not None:
+            return self._final
+        counters = [engine.counters() for engine in self._engines]
+        offloads = dict(self._offloads)
+        return Stats(
+            uptime_s=time.monotonic() - self._started_at if self._started_at else 0.0,
+            outbound=_direction([c["outbound"] for c in counters]),
+            inbound=_direction([c["inbound"] for c in counters]),
+            peers=self.peers,
+            system_calls=_total(c["calls"] for c in counters),
+            errors=_total(c["errors"] for c in counters),
+            offloads=offloads,
+            events_lost=self._table.events_lost if self._table is not None else 0,
+        )
+
+
+def _is_literal(host: str | None) -> bool:
+    try:
+        ipaddress.ip_address((host or "").split("%")[0].strip("[]"))
+    except ValueError:
+        return False
+    return True
+
+
+def _interface_mtu(host: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
+    """The MTU of the interface that has `host`, or Ethernet's when the kernel does not say."""
+    try:
+        from .mtu import address_mtu
+
+        return address_mtu(host)
+    except (ImportError, EndpointError):
+        return ETHERNET_MTU
+
+
+def _restore_blocking(fd: int) -> None:
+    os.set_blocking(fd, True)
+
+
+def _total(many: Iterable[dict[str, int]]) -> dict[str, int]:
+    total: Counter[str] = Counter()
+    for one in many:
+        total.update(one)
+    return dict(total)
+
+
+def _direction(many: list[dict[str, Any]]) -> DirectionStats:
+    def total(name: str) -> int:
+        return sum(one[name] for one in many)
+
+    return DirectionStats(
+        packets_in=total("packets_in"), bytes_in=total("bytes_in"), packets_out=total("packets_out"),
+        bytes_out=total("bytes_out"), drops=_total(one["drops"] for one in many))
+
+
+def _peers(table: PeerTable) -> tuple[PeerStats, ...]:
+    return tuple(
+        PeerStats(
+            endpoint=Endpoint(*peer["endpoint"]), framing=peer["framing"], addresses=tuple(peer["addresses"]),
+            inbound_packets=peer["inbound_packets"], inbound_bytes=peer["inbound_bytes"],
+            outbound_packets=peer["outbound_packets"], outbound_bytes=peer["outbound_bytes"],
+            silent_s=float("inf") if peer["silent_s"] is None else peer["silent_s"])
+        for peer in table.peers())

@@ -1,0 +1,67 @@
+"""What a running tunnel has counted, as immutable snapshots. Taking one never slows the loop.
+
+Not for: the counters themselves (`fasttun/_native/counters.pxd`) or how they are shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import IPv4Address, IPv6Address
+
+from .endpoint import Endpoint
+
+__all__ = ["DirectionStats", "PeerStats", "Stats"]
+
+
+@dataclass(frozen=True)
+class DirectionStats:
+    """One direction's packets. Seen from this process: `outbound` is TUN to UDP, `inbound` is UDP to TUN.
+
+    `packets_in == packets_out + sum(drops.values())` whenever the loop is at rest. Bytes are those of the
+    inner packets, without framing.
+    """
+
+    packets_in: int
+    bytes_in: int
+    packets_out: int
+    bytes_out: int
+    drops: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dropped(self) -> int:
+        """Packets dropped, for whatever reason."""
+        return sum(self.drops.values())
+
+
+@dataclass(frozen=True)
+class PeerStats:
+    """One peer: the outer endpoint, and the inner addresses that were learned behind it."""
+
+    endpoint: Endpoint
+    framing: str
+    addresses: tuple[IPv4Address | IPv6Address, ...]
+    inbound_packets: int
+    inbound_bytes: int
+    outbound_packets: int
+    outbound_bytes: int
+    silent_s: float
+    """Seconds since a datagram was last accepted from it; `inf` when there was none."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """A snapshot of a tunnel: totals over all workers, and every peer."""
+
+    uptime_s: float
+    outbound: DirectionStats
+    inbound: DirectionStats
+    peers: tuple[PeerStats, ...]
+    system_calls: Mapping[str, int] = field(default_factory=dict)
+    """Calls the loop made, by name (`read`, `write`, `sendmmsg`, `recvmmsg`, `poll`)."""
+    errors: Mapping[str, int] = field(default_factory=dict)
+    """Transient errors that the loop survived, by errno name."""
+    offloads: Mapping[str, str] = field(default_factory=dict)
+    """`tun`, `udp-gso`, `udp-gro`, `batch`: `on`, or `off: ` and why."""
+    events_lost: int = 0
+    """Events for `on_peer` that found their ring full."""

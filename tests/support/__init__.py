@@ -1,0 +1,1 @@
+"""What the tests share: network namespaces, a proxy that breaks the wire. Not part of the package."""
