@@ -1,9 +1,11 @@
 # The forwarding loop: packets between a TUN descriptor and a UDP socket, without the GIL.
 #
 # A packet's way through this file:
-#   outbound   outbound_burst: read -> aim (choose the peer) -> append (group by endpoint and size)
+#   outbound   outbound_burst: read_packets (one a read) or read_frames (vnet header, split)
+#              -> aim (choose the peer) -> append (group by endpoint and size)
 #              flush: sendmmsg with UDP_SEGMENT -> send_singly where the kernel refuses a group
-#   inbound    inbound_burst: recvmmsg with UDP_GRO -> take (classify, admit) -> deliver: write
+#   inbound    inbound_burst: recvmmsg with UDP_GRO -> take (classify, admit) -> deliver: write,
+#              or join neighbours and write_frames (vnet header)
 #   control    binding_datagram: STUN; serve: poll, stop, errors
 #
 # Not for: opening devices or sockets (fasttun/device.py, fasttun/endpoint.py), policy about peers
@@ -15,13 +17,24 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 
+from fasttun._native.checksum cimport ft_checksum_variant
+from fasttun._native.coalesce cimport (
+    COALESCE_FULL, coalesced_frame_t, coalescer_add, coalescer_finish, coalescer_init, coalescer_reset,
+    coalescer_t,
+)
 from fasttun._native.counters cimport *
 from fasttun._native.endpoint cimport *
 from fasttun._native.icmp cimport TOO_BIG_MAX, too_big
 from fasttun._native.packet cimport *
 from fasttun._native.peers cimport *
+from fasttun._native.segment cimport (
+    SEGMENT_MAX_PACKETS, SEGMENT_TOO_LONG, segment_frame, segment_out_size, segments_t,
+)
 from fasttun._native.stun cimport *
 from fasttun._native.system cimport *
+from fasttun._native.vnet cimport (
+    VIRTIO_NET_HDR_GSO_NONE, VNET_HEADER_LENGTH, vnet_header_t,
+)
 from fasttun._native.wire cimport *
 
 import errno as _errno
@@ -40,8 +53,10 @@ cdef enum:
     FRAME = 65536
     # bytes of the largest read from a TUN or a UDP socket with offloads
     MAX_BURST = 256
-    MAX_MESSAGES = 1024
-    # datagram groups between two sendmmsg
+    MAX_MESSAGES = 4096
+    # datagram groups between two sendmmsg: a frame's worst case, twice
+    FRAMES_BYTES = 262144
+    # bytes of split frames between two sendmmsg: four TSO frames, within a core's L2 cache
     MAX_SEGMENTS = 64
     # datagrams in one group: UDP_MAX_SEGMENTS of kernels before 6.2 (include/linux/udp.h)
     MAX_DATAGRAM = 65507
@@ -54,6 +69,7 @@ cdef enum:
 
 cdef enum:
     OFFLOAD_UDP_GSO = 1
+    OFFLOAD_TUN = 2
 
 ctypedef struct target_t:
     # Where consecutive packets to one inner destination go; saves the look-up for all but the first.
@@ -98,6 +114,7 @@ ctypedef struct worker_t:
     bint connected
     bint gso
     bint gro
+    bint vnet
     int burst
     int receive
     int mtu
@@ -107,6 +124,8 @@ ctypedef struct worker_t:
     int notify_fd
     # outbound
     uint8_t *arena
+    size_t arena_size
+    uint8_t *frame
     mmsghdr *messages
     iovec *vectors
     sockaddr_t *names
@@ -125,6 +144,8 @@ ctypedef struct worker_t:
     sockaddr_t *receive_names
     uint8_t *receive_controls
     origin_t origin
+    coalescer_t *coalescer
+    uint8_t *split
     bint udp_ready
     bint news
     # inner addresses of this host, for ICMP
@@ -254,11 +275,15 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noe
         group = &w.groups[w.message_count - 1]
         if not group.closed and length <= group.size and group.packets < MAX_SEGMENTS \
                 and group.bytes + length <= MAX_DATAGRAM and group.head == head:
-            vector = &w.vectors[w.vector_count]
-            vector.iov_base = data
-            vector.iov_len = length
-            w.vector_count += 1
-            w.messages[w.message_count - 1].msg_hdr.msg_iovlen += 1
+            vector = &w.vectors[w.vector_count - 1]
+            if <uint8_t *>vector.iov_base + vector.iov_len == data:
+                vector.iov_len += length
+            else:
+                vector += 1
+                vector.iov_base = data
+                vector.iov_len = length
+                w.vector_count += 1
+                w.messages[w.message_count - 1].msg_hdr.msg_iovlen += 1
             group.packets += 1
             group.bytes += length
             group.inner_bytes += length - head
@@ -297,6 +322,21 @@ cdef void drop_message(worker_t *w, int index, int reason) noexcept nogil:
     w.counters.outbound.drops[reason] += w.groups[index].packets
 
 
+cdef inline ssize_t write_packet(worker_t *w, uint8_t *packet, size_t length) noexcept nogil:
+    """write() of one packet as the TUN takes it, behind an empty vnet header where there is one."""
+    cdef vnet_header_t vnet
+    cdef iovec[2] vectors
+    w.counters.calls[CALL_WRITE] += 1
+    if not w.vnet:
+        return write(w.tun_fd, packet, length)
+    memset(&vnet, 0, VNET_HEADER_LENGTH)
+    vectors[0].iov_base = &vnet
+    vectors[0].iov_len = VNET_HEADER_LENGTH
+    vectors[1].iov_base = packet
+    vectors[1].iov_len = length
+    return writev(w.tun_fd, vectors, 2) - VNET_HEADER_LENGTH
+
+
 cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexcept nogil:
     """Answers a packet that no datagram can carry with the ICMP error that names the MTU."""
     cdef int version = packet_version(packet, length)
@@ -309,10 +349,8 @@ cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexce
     if version == 0 or length < 48:
         return
     size = too_big(w.scratch, packet, length, version, MAX_DATAGRAM - PI_LENGTH, own)
-    if size:
-        w.counters.calls[CALL_WRITE] += 1
-        if write(w.tun_fd, w.scratch, size) == <ssize_t>size:
-            w.counters.too_big_told += 1
+    if size and write_packet(w, w.scratch, size) == <ssize_t>size:
+        w.counters.too_big_told += 1
 
 
 cdef bint is_fatal(int error) noexcept nogil:
@@ -324,16 +362,25 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
     """Sends the datagrams of one message each by itself; >= 0, or -errno when the socket is gone."""
     cdef group_t *group = &w.groups[index]
     cdef msghdr *header = &w.messages[index].msg_hdr
-    cdef size_t i
-    cdef iovec *vector
+    cdef size_t i, at, length
+    cdef uint8_t *data
     cdef ssize_t sent
     cdef int error, attempt
-    for i in range(header.msg_iovlen):
-        vector = &header.msg_iov[i]
+    i = 0
+    at = 0
+    while i < header.msg_iovlen:
+        # A vector holds datagrams of the group's size back to back; only the group's last may be shorter.
+        data = <uint8_t *>header.msg_iov[i].iov_base + at
+        length = header.msg_iov[i].iov_len - at
+        if length > group.size:
+            length = group.size
+        at += length
+        if at == header.msg_iov[i].iov_len:
+            i += 1
+            at = 0
         for attempt in range(2):
             w.counters.calls[CALL_SENDMMSG] += 1
-            sent = sendto(w.udp_fd, vector.iov_base, vector.iov_len, MSG_DONTWAIT, header.msg_name,
-                          header.msg_namelen)
+            sent = sendto(w.udp_fd, data, length, MSG_DONTWAIT, header.msg_name, header.msg_namelen)
             if sent >= 0:
                 break
             error = errno
@@ -345,19 +392,23 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
                 break
         if sent >= 0:
             w.counters.outbound.packets_out += 1
-            w.counters.outbound.bytes_out += vector.iov_len - group.head
+            w.counters.outbound.bytes_out += length - group.head
         elif error == EMSGSIZE:
             w.counters.outbound.drops[DROP_TOO_BIG] += 1
-            tell_too_big(w, <uint8_t *>vector.iov_base + group.head, vector.iov_len - group.head)
+            tell_too_big(w, data + group.head, length - group.head)
         else:
             w.counters.outbound.drops[DROP_SEND_FAILED] += 1
     return 0
 
 
-cdef void give_up_gso(worker_t *w, int error) noexcept nogil:
-    w.gso = False
+cdef void give_up(worker_t *w, int offload, int error) noexcept nogil:
+    """The kernel has refused an offload that it had granted: do without from here on, and say so."""
+    if offload == OFFLOAD_UDP_GSO:
+        w.gso = False
+    else:
+        coalescer_init(w.coalescer, False, False, False)
     pthread_mutex_lock(&w.table.lock)
-    w.news = table_event(w.table, EVENT_OFFLOAD, NULL, NULL, (OFFLOAD_UDP_GSO << 16) | error) or w.news
+    w.news = table_event(w.table, EVENT_OFFLOAD, NULL, NULL, (offload << 16) | error) or w.news
     pthread_mutex_unlock(&w.table.lock)
 
 
@@ -407,7 +458,7 @@ cdef int flush(worker_t *w) noexcept nogil:
             refused += 1
             continue
         if w.groups[w.message_next].packets > 1 and error in (EIO, EINVAL, EOPNOTSUPP):
-            give_up_gso(w, error)
+            give_up(w, OFFLOAD_UDP_GSO, error)
         if w.groups[w.message_next].packets > 1 or error == EMSGSIZE:
             result = send_singly(w, w.message_next)
             if result < 0:
@@ -422,42 +473,49 @@ cdef int flush(worker_t *w) noexcept nogil:
     return 0
 
 
-cdef int outbound_burst(worker_t *w) noexcept nogil:
-    """Reads up to a burst from the TUN and sends it. >= 0, or -errno when a descriptor is dead."""
-    cdef uint64_t now = now_ns()
-    cdef uint32_t serial
+cdef inline bint aim_at(worker_t *w, const uint8_t *packet, int version, uint64_t now) noexcept nogil:
+    """Aims at the packet's destination; False when no peer is there. The packet has a whole IP header."""
     cdef address_t destination
+    cdef uint32_t serial = w.target_serial
+    packet_destination(packet, version, &destination)
+    aim(w, &destination, now)
+    if serial != w.target_serial:
+        close_group(w)
+    return w.target.peer >= 0
+
+
+cdef inline int read_failed(worker_t *w, ssize_t length) noexcept nogil:
+    """After a read of the TUN that gave nothing: 0, or -errno when the device is gone."""
+    cdef int error = errno if length < 0 else EPIPE
+    w.tun_ready = False
+    if error == EAGAIN:
+        return 0
+    count_error(&w.counters, error)
+    if is_fatal(error) or error == EPIPE:
+        return -error
+    w.tun_ready = error == EINTR
+    return 0
+
+
+cdef int read_packets(worker_t *w, uint64_t now) noexcept nogil:
+    """A burst of single packets from the TUN, each in a slot of its own."""
     cdef uint8_t *packet
     cdef ssize_t length
-    cdef int version, error, reads
+    cdef int version, reads
     cdef uint32_t head
-    w.tun_ready = True
     for reads in range(w.burst):
         packet = w.arena + reads * w.slot + HEAD_ROOM
         w.counters.calls[CALL_READ] += 1
         length = read(w.tun_fd, packet, w.slot - HEAD_ROOM - TAIL_ROOM)
         if length <= 0:
-            error = errno if length < 0 else EPIPE
-            w.tun_ready = False
-            if error == EAGAIN:
-                break
-            count_error(&w.counters, error)
-            if is_fatal(error) or error == EPIPE:
-                return -error
-            w.tun_ready = error == EINTR
-            break
+            return read_failed(w, length)
         w.counters.outbound.packets_in += 1
         w.counters.outbound.bytes_in += length
         version = packet_version(packet, length)
         if version == 0:
             w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
             continue
-        packet_destination(packet, version, &destination)
-        serial = w.target_serial
-        aim(w, &destination, now)
-        if serial != w.target_serial:
-            close_group(w)
-        if w.target.peer < 0:
+        if not aim_at(w, packet, version, now):
             w.counters.outbound.drops[DROP_NO_PEER] += 1
             continue
         w.target.packets += 1
@@ -467,13 +525,91 @@ cdef int outbound_burst(worker_t *w) noexcept nogil:
             head = PI_LENGTH
             write_pi(packet - PI_LENGTH, version)
         append(w, packet - head, <uint32_t>length + head, head)
+    return 0
+
+
+cdef void frame_failed(worker_t *w, const vnet_header_t *vnet, size_t length, int reason) noexcept nogil:
+    """Counts a frame that is no packet, as one."""
+    w.counters.outbound.packets_in += 1
+    w.counters.outbound.bytes_in += length
+    w.counters.outbound.drops[reason] += 1
+
+
+cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
+    """A burst of frames from a TUN with vnet header; each is split into its packets, checksums finished."""
+    cdef vnet_header_t vnet
+    cdef iovec[2] vectors
+    cdef segments_t segments
+    cdef uint8_t *data
+    cdef size_t used = 0
+    cdef size_t i, size
+    cdef ssize_t length
+    cdef int version, reads, result
+    cdef uint32_t head
+    vectors[0].iov_base = &vnet
+    vectors[0].iov_len = VNET_HEADER_LENGTH
+    vectors[1].iov_base = w.frame
+    vectors[1].iov_len = FRAME
+    for reads in range(w.burst):
+        if used > FRAMES_BYTES or w.message_count > MAX_MESSAGES - SEGMENT_MAX_PACKETS \
+                or w.vector_count > MAX_MESSAGES - SEGMENT_MAX_PACKETS:
+            return 0
+        w.counters.calls[CALL_READ] += 1
+        length = readv(w.tun_fd, vectors, 2)
+        if length <= 0:
+            return read_failed(w, length)
+        length -= VNET_HEADER_LENGTH
+        version = 0
+        if length >= 20:
+            version = w.frame[0] >> 4
+            if version == 6 and length < 40:
+                version = 0
+        if (version != 4 and version != 6) or \
+                (vnet.gso_type == VIRTIO_NET_HDR_GSO_NONE and packet_version(w.frame, length) == 0):
+            frame_failed(w, &vnet, length if length > 0 else 0, DROP_OUT_MALFORMED)
+            continue
+        head = 0
+        if aim_at(w, w.frame, version, now) and framing_now(&w.target) == FRAMING_PI:
+            head = PI_LENGTH
+        result = segment_frame(&vnet, w.frame, length, w.arena + used, w.arena_size - used, head, 0, 65535,
+                               &segments)
+        if result <= 0:
+            frame_failed(w, &vnet, length, DROP_OUT_MALFORMED)
+            continue
+        size = (segments.count - 1) * segments.packet_length + segments.last_length
+        w.counters.outbound.packets_in += segments.count
+        w.counters.outbound.bytes_in += size
+        if w.target.peer < 0:
+            w.counters.outbound.drops[DROP_NO_PEER] += segments.count
+            continue
+        w.target.packets += segments.count
+        w.target.bytes += size
+        data = w.arena + used
+        for i in range(segments.count):
+            if head:
+                write_pi(data, version)
+            size = segments.packet_length if i + 1 < segments.count else segments.last_length
+            append(w, data, <uint32_t>size + head, head)
+            data += segments.stride
+        used = <size_t>(data - w.arena)
+    return 0
+
+
+cdef int outbound_burst(worker_t *w) noexcept nogil:
+    """Reads up to a burst from the TUN and sends it. >= 0, or -errno when a descriptor is dead."""
+    cdef uint64_t now = now_ns()
+    cdef int result
+    w.tun_ready = True
+    result = read_frames(w, now) if w.vnet else read_packets(w, now)
     if w.target.valid:
         pthread_mutex_lock(&w.table.lock)
         settle_target(w)
         pthread_mutex_unlock(&w.table.lock)
     if w.gso:
         mark_segments(w)
-    return 0 if w.message_count == 0 else flush(w)
+    if result < 0 or w.message_count == 0:
+        return result
+    return flush(w)
 
 
 # ---------------------------------------------------------------------------------------- inbound
@@ -541,25 +677,95 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const uint8_t *packet,
     return True
 
 
-cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
-    """Writes one packet to the TUN. >= 0, or -errno when the device is gone."""
-    cdef int error
-    w.counters.calls[CALL_WRITE] += 1
-    if write(w.tun_fd, packet, length) == <ssize_t>length:
+cdef int write_failed(worker_t *w, uint32_t packets) noexcept nogil:
+    """Counts what a failed write to the TUN has lost. 0, or -errno when the device is gone."""
+    cdef int error = errno
+    count_error(&w.counters, error)
+    if is_fatal(error) or error == EPIPE:
+        w.counters.inbound.drops[DROP_TUN_DOWN] += packets
+        return -error
+    if error == EIO:
+        w.counters.inbound.drops[DROP_TUN_DOWN] += packets
+    elif error in (EAGAIN, ENOBUFS):
+        w.counters.inbound.drops[DROP_TUN_FULL] += packets
+    else:
+        w.counters.inbound.drops[DROP_TUN_REFUSED] += packets
+    return 0
+
+
+cdef int write_one(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
+    if write_packet(w, packet, length) == <ssize_t>length:
         w.counters.inbound.packets_out += 1
         w.counters.inbound.bytes_out += length
         return 0
-    error = errno
-    count_error(&w.counters, error)
-    if is_fatal(error) or error == EPIPE:
+    return write_failed(w, 1)
+
+
+cdef int write_split(worker_t *w, coalesced_frame_t *frame) noexcept nogil:
+    """A joined frame that the TUN has refused goes to it as the packets it was made of."""
+    cdef segments_t segments
+    cdef uint8_t *data
+    cdef size_t length = 0
+    cdef size_t i
+    cdef int result
+    for i in range(1, frame.iov_count):
+        memcpy(w.frame + length, frame.iov[i].iov_base, frame.iov[i].iov_len)
+        length += frame.iov[i].iov_len
+    # Not the outbound arena: datagrams that the socket had no room for may still wait there.
+    data = w.split
+    if segment_frame(&frame.vnet, w.frame, length, data, segment_out_size(0, 0), 0, 0, 65535, &segments) < 0:
+        w.counters.inbound.drops[DROP_TUN_REFUSED] += frame.packets
+        return 0
+    for i in range(segments.count):
+        length = segments.packet_length if i + 1 < segments.count else segments.last_length
+        result = write_one(w, data + i * segments.stride, <uint32_t>length)
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += segments.count - i - 1
+            return result
+    return 0
+
+
+cdef int write_frames(worker_t *w) noexcept nogil:
+    """Writes what the coalescer holds. >= 0, or -errno when the device is gone."""
+    cdef coalescer_t *c = w.coalescer
+    cdef coalesced_frame_t *frame
+    cdef uint32_t i
+    cdef uint32_t count = coalescer_finish(c)
+    cdef int result = 0
+    cdef int error
+    for i in range(count):
+        frame = &c.frames[i]
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += frame.packets
+            continue
+        w.counters.calls[CALL_WRITE] += 1
+        if writev(w.tun_fd, frame.iov, frame.iov_count) == <ssize_t>(VNET_HEADER_LENGTH + frame.length):
+            w.counters.inbound.packets_out += frame.packets
+            w.counters.inbound.bytes_out += frame.packet_bytes
+            continue
+        error = errno
+        if error == EINVAL and frame.packets > 1:
+            count_error(&w.counters, error)
+            give_up(w, OFFLOAD_TUN, error)
+            result = write_split(w, frame)
+        else:
+            result = write_failed(w, frame.packets)
+    coalescer_reset(c)
+    return result
+
+
+cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
+    """Hands one packet to the TUN, or to the coalescer that does so at the burst's end."""
+    cdef int result
+    if not w.vnet:
+        return write_one(w, packet, length)
+    if coalescer_add(w.coalescer, packet, <uint16_t>length) != COALESCE_FULL:
+        return 0
+    result = write_frames(w)
+    if result < 0:
         w.counters.inbound.drops[DROP_TUN_DOWN] += 1
-        return -error
-    if error == EIO:
-        w.counters.inbound.drops[DROP_TUN_DOWN] += 1
-    elif error in (EAGAIN, ENOBUFS):
-        w.counters.inbound.drops[DROP_TUN_FULL] += 1
-    else:
-        w.counters.inbound.drops[DROP_TUN_REFUSED] += 1
+        return result
+    coalescer_add(w.coalescer, packet, <uint16_t>length)
     return 0
 
 
@@ -649,6 +855,12 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             length -= step
         if result < 0:
             break
+    if w.vnet and w.coalescer.packet_count:
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += w.coalescer.packet_count
+            coalescer_reset(w.coalescer)
+        else:
+            result = write_frames(w)
     if w.origin.valid:
         pthread_mutex_lock(&w.table.lock)
         settle_origin(w)
@@ -733,7 +945,7 @@ INBOUND_DROPS = ("malformed", "oversized", "stranger", "martian", "unproven", "t
                  "tun_full", "tun_refused")
 CALL_NAMES = ("read", "write", "sendmmsg", "recvmmsg", "poll")
 EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload"}
-OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso"}
+OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso", OFFLOAD_TUN: "tun"}
 FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
 FRAMING_NAMES = {FRAMING_AUTO: "unknown", FRAMING_RAW: "raw", FRAMING_PI: "pi"}
 
@@ -997,7 +1209,8 @@ cdef class Engine:
 
     mtu: bytes of the largest inner packet expected from either side. burst_packets: 1 to 256 reads from the
     TUN before they are sent; 1 is one packet a call. udp_gso, udp_gro: the offload is there and wanted
-    (UDP_GRO is already set on the socket). connected: the socket is connected, its peer the only one.
+    (UDP_GRO is already set on the socket). vnet_header: the TUN has IFF_VNET_HDR with headers of 10 bytes;
+    join_udp: it also takes joined UDP (TUN_F_USO). connected: the socket is connected, its peer the only one.
     `run()` once, from one thread; `stop()` and `counters()` from any.
     """
 
@@ -1010,7 +1223,8 @@ cdef class Engine:
         self.state = 0
 
     def __init__(self, PeerTable table not None, *, int tun_fd, int udp_fd, int mtu=1500,
-                 int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint connected=False):
+                 int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
+                 bint join_udp=False, bint connected=False):
         cdef int i
         cdef worker_t *w
         if self.w != NULL:
@@ -1034,10 +1248,20 @@ cdef class Engine:
         w.burst = burst_packets
         w.gso = udp_gso
         w.gro = udp_gro
+        w.vnet = vnet_header
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
         w.receive_slot = FRAME if udp_gro else (mtu + PI_LENGTH + SLOT - 1) // SLOT * SLOT
-        w.arena = <uint8_t *>calloc(burst_packets, w.slot)
+        w.arena_size = burst_packets * w.slot
+        if vnet_header:
+            w.arena_size = FRAMES_BYTES + FRAME + segment_out_size(PI_LENGTH, 0)
+            w.frame = <uint8_t *>calloc(1, FRAME)
+            w.split = <uint8_t *>calloc(1, segment_out_size(0, 0))
+            w.coalescer = <coalescer_t *>calloc(1, sizeof(coalescer_t))
+            if w.frame == NULL or w.split == NULL or w.coalescer == NULL:
+                raise MemoryError("fasttun: no memory for a worker's frames")
+            coalescer_init(w.coalescer, True, join_udp, True)
+        w.arena = <uint8_t *>calloc(1, w.arena_size)
         w.messages = <mmsghdr *>calloc(MAX_MESSAGES, sizeof(mmsghdr))
         w.vectors = <iovec *>calloc(MAX_MESSAGES, sizeof(iovec))
         w.names = <sockaddr_t *>calloc(MAX_MESSAGES, sizeof(sockaddr_t))
@@ -1076,6 +1300,9 @@ cdef class Engine:
             if self.w.event_fd >= 0:
                 close(self.w.event_fd)
             free(self.w.arena)
+            free(self.w.frame)
+            free(self.w.split)
+            free(self.w.coalescer)
             free(self.w.messages)
             free(self.w.vectors)
             free(self.w.names)
@@ -1130,7 +1357,7 @@ cdef class Engine:
                        for i in range(ERRNO_LIMIT) if load_u64(&c.errors[i])},
             "control_in": load_u64(&c.control_in), "control_out": load_u64(&c.control_out),
             "too_big_told": load_u64(&c.too_big_told),
-            "udp_gso": bool(self.w.gso), "udp_gro": bool(self.w.gro),
+            "checksum": ft_checksum_variant().decode(),
         }
 
 

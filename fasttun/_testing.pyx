@@ -1,7 +1,7 @@
 """Python faces of the per-packet helpers, for property tests and benchmarks. Not for use: nothing in the
 package imports it, and it may change with any version.
 
-Every buffer handed to a helper is allocated at its exact size, so that a sanitizer sees the first byte past it.
+Every buffer handed to a helper is allocated at its exact size: a sanitizer sees the first byte past it.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
@@ -10,7 +10,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
 from fasttun._native.checksum cimport (
-    ft_checksum_force, ft_checksum_variant, ft_checksum_variant_at, ft_copy_sum, ft_fold, ft_load16, ft_pseudo_v4,
+    ft_checksum_force, ft_checksum_variant, ft_checksum_variant_at, ft_copy_sum, ft_fold, ft_pseudo_v4,
     ft_pseudo_v6, ft_store16, ft_sum,
 )
 from fasttun._native.coalesce cimport (
@@ -65,15 +65,15 @@ cdef int _force(variant) except -1:
     return 0
 
 
-def checksum(bytes data not None, variant=None, initial=0):
+def checksum(bytes data not None, variant=None, initial=0, size_t misalignment=0):
     """Folded sum of `data` in network order, not inverted. variant: a name of `checksum_variants()`."""
     cdef uint8_t *copy
     cdef uint64_t sum
     cdef uint64_t start = initial
     cdef uint8_t folded[2]
     _force(variant)
-    copy = _copied(data)
-    sum = ft_sum(copy, len(data), start)
+    copy = _copied(bytes(misalignment) + data)
+    sum = ft_sum(copy + misalignment, len(data), start)
     free(copy)
     _force(None)
     ft_store16(folded, ft_fold(sum))
@@ -103,10 +103,11 @@ def copy_checksum(bytes data not None, variant=None):
 def pseudo_header(bytes addresses not None, int protocol, int length):
     """Folded pseudo-header sum in network order; `addresses` is 8 or 32 bytes long."""
     cdef uint8_t folded[2]
+    cdef const uint8_t *start = <const uint8_t *>PyBytes_AS_STRING(addresses)
     if len(addresses) == 8:
-        ft_store16(folded, ft_fold(ft_pseudo_v4(<const uint8_t *>PyBytes_AS_STRING(addresses), protocol, length)))
+        ft_store16(folded, ft_fold(ft_pseudo_v4(start, protocol, length)))
     elif len(addresses) == 32:
-        ft_store16(folded, ft_fold(ft_pseudo_v6(<const uint8_t *>PyBytes_AS_STRING(addresses), protocol, length)))
+        ft_store16(folded, ft_fold(ft_pseudo_v6(start, protocol, length)))
     else:
         raise ValueError("addresses: 8 or 32 bytes")
     return folded[0] << 8 | folded[1]

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from . import offload
-from ._core import Engine, PeerTable
+from ._core import OFFLOAD_NAMES, Engine, PeerTable
 from .config import DEFAULT_DEVICE, DEFAULT_PORT, Interface, Network, TunnelConfig
 from .endpoint import Endpoint, open_udp, resolve
 from .errors import ConfigurationError, EndpointError, FasttunError, StateError
@@ -257,9 +257,12 @@ class Forwarder:
             self._engines.append(Engine(
                 self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
                 burst_packets=BURST_PACKETS if config.batch else 1,
+                vnet_header=self.device is not None and self.device.vnet_header,
+                join_udp=self.device is not None and "uso" in self.device.offloads,
                 udp_gso=self._offloads["udp-gso"] == offload.ON,
                 udp_gro=self._offloads["udp-gro"] == offload.ON))
-        self._offloads["batch"] = offload.ON if config.batch else "off: asked for"
+        self._offloads["tun"] = self._tun_offload()
+        self._offloads["batch"] = offload.ON if config.batch else offload.ASKED_OFF
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._undo.callback(os.close, self._wake)
         if self._before_threads is not None:
@@ -346,7 +349,8 @@ class Forwarder:
             return (fd,)
         from .device import TunDevice
 
-        device = TunDevice.open(config.device, queues=config.workers)
+        vnet_header = config.tun_offload and config.batch and offload.distrust("tun") is None
+        device = TunDevice.open(config.device, queues=config.workers, vnet_header=vnet_header)
         self._undo.callback(device.close)
         self.device = device
         device.configure(addresses=config.address, routes=config.route, mtu=self._device_mtu(device))
@@ -354,6 +358,15 @@ class Forwarder:
         for server in servers:
             self._pin(server)
         return device.fds
+
+    def _tun_offload(self) -> str:
+        if self.device is None:
+            return "off: a descriptor is used as it is"
+        if self.device.vnet_header:
+            return offload.ON
+        if not (self.config.tun_offload and self.config.batch):
+            return offload.ASKED_OFF
+        return f"off: {offload.distrust('tun') or 'the device has no vnet header'}"
 
     def _device_mtu(self, device: TunDevice) -> int | None:
         """The MTU to set; None leaves an attached device's own, when nothing was asked for."""
@@ -437,11 +450,11 @@ class Forwarder:
         if kind == "greeted":
             log.debug("the server answers; it sees this host as %s", endpoint)
         elif kind == "offload":
-            name, code = "udp-gso", value & 0xffff
-            reason = f"off: given up at run time ({os.strerror(code)})"
+            name = OFFLOAD_NAMES[value >> 16]
+            reason = f"off: given up at run time ({os.strerror(value & 0xffff)})"
             if self._offloads.get(name) != reason:
                 self._offloads[name] = reason
-                log.warning("%s %s; sending packet by packet", name, reason)
+                log.warning("offload %s is %s; packets go on one by one", name, reason)
         else:
             log.info("peer %s %s %s", address, "is at" if kind == "peer" else "has moved to", endpoint)
             for peer in self.peers:

@@ -27,7 +27,7 @@ _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", 
 
 
 def level_of(verbosity: int) -> int:
-    """The level for a count of -v less that of -q: 0 is INFO, 1 and above DEBUG, -1 WARNING, below that ERROR."""
+    """The level for the count of -v less that of -q: 0 INFO, above DEBUG, -1 WARNING, below ERROR."""
     if verbosity > 0:
         return logging.DEBUG
     return {0: logging.INFO, -1: logging.WARNING}.get(verbosity, logging.ERROR)

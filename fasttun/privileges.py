@@ -49,17 +49,22 @@ class _Sets(ctypes.Structure):
 
 
 def find(name: str) -> Account:
-    """Look `name` up, before anything is set up. ConfigurationError (field `user`) when it cannot be dropped to."""
+    """Look `name` up, before anything is set up.
+
+    ConfigurationError (field `user`): no such user, or root. DeviceError: this process may not become it.
+    """
     try:
         entry = pwd.getpwnam(name)
     except (KeyError, ValueError):  # ValueError: a NUL inside
-        raise ConfigurationError("user", f"{name!r} is no user of this machine",
-                                 "name an existing one, such as nobody") from None
+        raise ConfigurationError(
+            "user", f"{name!r} is no user of this machine", "name an existing one, such as nobody"
+        ) from None
     if entry.pw_uid == 0:
         raise ConfigurationError("user", f"{name!r} is root itself", "name an ordinary user, such as nobody")
     account = Account(entry.pw_name, entry.pw_uid, entry.pw_gid)
     if os.geteuid() not in (0, account.uid):
-        raise DeviceError("change user to", account.name, errno.EPERM, "start fasttun as root, or leave --user out")
+        hint = "start fasttun as root, or leave --user out"
+        raise DeviceError("change user to", account.name, errno.EPERM, hint)
     return account
 
 
@@ -105,7 +110,7 @@ def _drop_bounding_set(prctl: Callable[[int, int], None]) -> None:
         try:
             prctl(_PR_CAPBSET_DROP, capability)
         except OSError as error:
-            if error.errno != errno.EPERM:  # a container may have withheld CAP_SETPCAP: no_new_privs is enough
+            if error.errno != errno.EPERM:  # a container may withhold CAP_SETPCAP: no_new_privs is enough
                 raise
             return
 

@@ -6,7 +6,7 @@
 #   build   compiler, headers, .venv with fasttun in editable form
 #   demo    build, and what `fasttun demo` needs
 #   test    build, and what the tests and the linters need
-#   bench   test, and the tunnels to compare with (those that cannot be had are left out)
+#   bench   test, and the tunnels to compare with (bench/install-peers.sh; what cannot be had is left out)
 # As root it installs what is lacking with apt-get; else it names the packages and ends with status 1.
 # FASTTUN_PYTHON: the interpreter for .venv (default: the first usable python3 of 3.10 or newer).
 
@@ -21,11 +21,9 @@ say() { echo "bootstrap: $*" >&2; }
 
 # ---------------------------------------------------------------- system packages
 
-packages=()   # lacking, and the level cannot do without
-wanted=()     # lacking, and the level can do without
+packages=()   # lacking
 
 need_program() { command -v "$1" >/dev/null || packages+=("$2"); }
-want_program() { command -v "$1" >/dev/null || wanted+=("$2"); }
 
 # Debian's python3 comes without ensurepip (python3-venv) and without headers (python3-dev); others have both.
 python_ok='import sys; sys.exit(sys.version_info < (3, 10))'
@@ -50,7 +48,7 @@ compiles() {
 venv_usable() { [ -x $venv/bin/python ] && $venv/bin/python -c "$python_ok" 2>/dev/null; }
 
 lacking() {
-    packages=() wanted=()
+    packages=()
     python=$(find_python)
     if [ -z "$python" ]; then
         packages+=(python3 python3-venv python3-dev)
@@ -76,18 +74,12 @@ lacking() {
     need_program ethtool ethtool
     need_program iptables iptables
     need_program nft nftables
-    [ "$level" = test ] && return
-    want_program fastd fastd
-    want_program openvpn openvpn
-    want_program wireguard-go wireguard-go
-    want_program wg wireguard-tools
 }
 
 install_packages() {
     lacking
-    [ ${#packages[@]} -eq 0 ] && [ ${#wanted[@]} -eq 0 ] && return
+    [ ${#packages[@]} -eq 0 ] && return
     if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        [ ${#packages[@]} -eq 0 ] && return
         say "lacking: ${packages[*]} (Debian's names)"
         say "install them, then run this again:  sudo apt-get install ${packages[*]}"
         exit 1
@@ -95,14 +87,8 @@ install_packages() {
     export DEBIAN_FRONTEND=noninteractive
     say "apt-get update"
     apt-get -qq update || say "apt-get update failed; trying with the lists there are"
-    if [ ${#packages[@]} -gt 0 ]; then
-        say "apt-get install ${packages[*]}"
-        apt-get -qq -y --no-install-recommends install "${packages[@]}" >/dev/null
-    fi
-    for package in "${wanted[@]}"; do
-        say "apt-get install $package (to compare with)"
-        apt-get -qq -y --no-install-recommends install "$package" >/dev/null 2>&1 || say "$package cannot be had; going on"
-    done
+    say "apt-get install ${packages[*]}"
+    apt-get -qq -y --no-install-recommends install "${packages[@]}" >/dev/null
     lacking
     if [ ${#packages[@]} -gt 0 ]; then
         say "still lacking after the install: ${packages[*]}"
@@ -142,7 +128,6 @@ install_fasttun() {
         build) extra= ;;
         demo) extra=rich ;;
         test | bench) extra=test ;;
-        *) say "no such level: $level"; exit 2 ;;
     esac
     stamp=$venv/.fasttun-installed${extra:+-$extra}
     if [ "$stamp" -nt pyproject.toml ] && [ "$stamp" -nt setup.py ]; then
@@ -163,7 +148,12 @@ install_fasttun() {
     mv $venv/.fasttun-starts $venv/.fasttun-built
 }
 
+case $level in
+    build | demo | test | bench) ;;
+    *) say "no such level: $level"; exit 2 ;;
+esac
 install_packages
+if [ "$level" = bench ]; then bench/install-peers.sh || say "going on with the tunnels there are"; fi
 make_tun_node
 make_venv
 exec 9>$venv/.fasttun-lock

@@ -4,6 +4,7 @@
 
 set -uo pipefail
 cd "$(dirname "$0")/.."
+export PATH="$PWD/.venv/bin:$PATH"   # cython-lint starts pycodestyle by name
 status=0
 
 check() {
@@ -16,10 +17,10 @@ for stub in fasttun/*.pyi; do
     [ -e "$stub" ] && stubbed+=("fasttun.$(basename "$stub" .pyi)")
 done
 
-check ruff .venv/bin/ruff check --quiet .
-check mypy .venv/bin/mypy
-check cython-lint .venv/bin/cython-lint fasttun
+check ruff ruff check --quiet .
+check mypy mypy
+check cython-lint cython-lint fasttun
 if [ ${#stubbed[@]} -gt 0 ]; then
-    check stubtest .venv/bin/stubtest --mypy-config-file pyproject.toml "${stubbed[@]}"
+    check stubtest stubtest --mypy-config-file pyproject.toml "${stubbed[@]}"
 fi
 exit $status

@@ -6,7 +6,7 @@ Sums are in memory order: fields are added as loaded (`ft_load16`), results stor
 from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 
 
-cdef extern from "_native/checksum.h" nogil:
+cdef extern from "checksum.h" nogil:
     uint16_t ft_load16(const uint8_t *p)
     uint32_t ft_load32(const uint8_t *p)
     uint64_t ft_load64(const uint8_t *p)

@@ -23,9 +23,9 @@ from fasttun._native.checksum cimport (
 )
 from fasttun._native.system cimport iovec
 from fasttun._native.vnet cimport (
-    PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, TCP_ACK, TCP_ECE, TCP_FIN, TCP_PSH, VIRTIO_NET_HDR_F_DATA_VALID,
-    VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4, VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4,
-    VNET_HEADER_LENGTH, vnet_header_t,
+    PROTOCOL_ICMPV6, PROTOCOL_TCP, PROTOCOL_UDP, TCP_ACK, TCP_ECE, TCP_FIN, TCP_PSH,
+    VIRTIO_NET_HDR_F_DATA_VALID, VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6, VIRTIO_NET_HDR_GSO_UDP_L4, VNET_HEADER_LENGTH, vnet_header_t,
 )
 
 
@@ -36,8 +36,8 @@ cdef enum:
     COALESCE_MAX_PACKETS = 512
     # A frame has one iovec for the vnet header and one for each packet.
     COALESCE_MAX_IOVECS = 1024
-    # Frames that can still grow, found by hash in sets of two. A third flow of one set closes the older frame,
-    # so that a flood of flows costs joins, never time.
+    # Frames that can still grow, found by hash in sets of two. A third flow of a set closes the older frame:
+    # a flood of flows costs joins, never time.
     COALESCE_FLOW_SLOTS = 64
     # UDP_MAX_SEGMENTS of kernels before 6.7; a TUN device refuses frames with more.
     COALESCE_MAX_UDP_SEGMENTS = 64
@@ -91,8 +91,8 @@ cdef struct coalescer_t:
     uint32_t iov_count
     bint join_tcp
     bint join_udp
-    # Also joins packets with DF whose IPv4 ID stays the same (as some senders do, RFC 6864 §4.1). Segmentation
-    # then numbers them upwards: the one change that is not bit for bit, and one that receivers must ignore.
+    # Also joins packets with DF whose IPv4 ID stays the same (some senders, RFC 6864 §4.1). Segmentation then
+    # numbers them upwards: the one change that is not bit for bit, and one that receivers must ignore.
     bint join_fixed_ids
     uint16_t slots[COALESCE_FLOW_SLOTS]              # open frames by flow, or COALESCE_NONE
     coalesced_packet_t packets[COALESCE_MAX_PACKETS]
@@ -112,7 +112,7 @@ cdef struct parsed_packet_t:
 cdef inline void coalescer_init(
     coalescer_t *c, bint join_tcp, bint join_udp, bint join_fixed_ids
 ) noexcept nogil:
-    """join_udp: only where TUNSETOFFLOAD took TUN_F_USO4 and TUN_F_USO6. Both off: every packet passes alone."""
+    """join_udp: only where TUNSETOFFLOAD took TUN_F_USO4 and TUN_F_USO6. Both off: all packets pass alone."""
     c.join_tcp = join_tcp
     c.join_udp = join_udp
     c.join_fixed_ids = join_fixed_ids
@@ -378,7 +378,9 @@ cdef inline int coalescer_add(coalescer_t *c, uint8_t *packet, uint16_t length) 
     return 0
 
 
-cdef inline void _patch_headers(coalesced_frame_t *frame, uint8_t *packet, uint16_t header_length) noexcept nogil:
+cdef inline void _patch_headers(
+    coalesced_frame_t *frame, uint8_t *packet, uint16_t header_length
+) noexcept nogil:
     """Makes the first packet's headers, and the vnet header, those of the whole frame."""
     cdef uint16_t l4_length = <uint16_t>(frame.length - frame.l4_offset)
     cdef uint8_t *transport = packet + frame.l4_offset
@@ -413,7 +415,7 @@ cdef inline void _patch_headers(coalesced_frame_t *frame, uint8_t *packet, uint1
 
 
 cdef inline uint32_t coalescer_finish(coalescer_t *c) noexcept nogil:
-    """Ends the burst: the number of frames, each ready to be written. Once per burst; then coalescer_reset."""
+    """Ends the burst: the number of frames, each ready to be written. Once a burst; then coalescer_reset."""
     cdef uint32_t i
     cdef uint16_t index
     cdef coalesced_frame_t *frame

@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 
 from fasttun._native.checksum cimport (
-    ft_add, ft_be16, ft_be32, ft_copy_sum, ft_fold, ft_halves, ft_load16, ft_load32, ft_load_be16, ft_load_be32,
+    ft_add, ft_be16, ft_be32, ft_copy_sum, ft_fold, ft_load16, ft_load32, ft_load_be16, ft_load_be32,
     ft_pseudo_v4, ft_pseudo_v6, ft_store16, ft_store32, ft_store_be16, ft_sum, ft_without16,
 )
 from fasttun._native.vnet cimport (
@@ -94,13 +94,13 @@ cdef inline int _copy_single(
 cdef inline int _find_transport(
     const uint8_t *frame, size_t length, uint8_t protocol, size_t *offset, bint *routed
 ) noexcept nogil:
-    """Where the header of `protocol` begins: 0, or SEGMENT_BAD_HEADER. Fragments and other chains are refused.
+    """Where the header of `protocol` begins: 0, or SEGMENT_BAD_HEADER, also for fragments and other chains.
 
     routed: an IPv6 routing header was passed, hence the pseudo-header's destination is not the IP header's.
     """
     cdef size_t at
     cdef uint8_t following
-    cdef int hops
+    cdef int _
     routed[0] = False
     if length < 20:
         return SEGMENT_BAD_HEADER
@@ -114,7 +114,7 @@ cdef inline int _find_transport(
         return SEGMENT_BAD_HEADER
     following = frame[6]
     at = 40
-    for hops in range(SEGMENT_MAX_EXTENSIONS + 1):
+    for _ in range(SEGMENT_MAX_EXTENSIONS + 1):
         if following == protocol:
             offset[0] = at
             return 0
@@ -145,7 +145,7 @@ cdef inline int segment_frame(
     frame: `length` bytes behind the vnet header; unchanged. out: `out_size` bytes that do not overlap it
     (`segment_out_size` is always enough); packet i lies at out + i * result.stride + head_room with
     `tail_room` free bytes behind it, so that `count` packets of equal size are one UDP_SEGMENT message of
-    head_room + packet_length + tail_room each. Rooms are not written. max_packet: bytes from the IP header on.
+    head_room + packet_length + tail_room each. Rooms are not written. max_packet counts from the IP header.
     hdr_len is ignored. result is set only on success; on failure `out` may hold rubbish.
     """
     cdef uint8_t kind = vnet.gso_type & ~VIRTIO_NET_HDR_GSO_ECN

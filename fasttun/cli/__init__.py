@@ -23,7 +23,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()
-        return 0  # the reader, `head` for one, had enough
+        return 1  # the reader, `head` for one, had enough
+    except SystemExit as stop:  # click's own way out of the same
+        return stop.code if isinstance(stop.code, int) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -60,8 +62,8 @@ def _tell(error: Exception) -> int:
     elif isinstance(error, OSError):
         text, status = lines.system(error), 1
     else:
-        text = f"internal error: {type(error).__name__}: {error}; please report it, with what {_DEBUG}=1 shows"
-        status = 1
+        what = f"{type(error).__name__}: {error}"
+        text, status = f"internal error: {what}; please report it, with what {_DEBUG}=1 shows", 1
     lines.write_error(text)
     return status
 

@@ -1,6 +1,6 @@
 """`fasttun`: all flags of the tunnel, and the subcommands beside it.
 
-A flag sets one field of `TunnelConfig`, which knows what is valid; values arrive there as the user wrote them.
+A flag sets one field of `TunnelConfig`, which knows what is valid and gets values as the user wrote them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from .group import LazyCommand, SectionedGroup, SectionOption
 __all__ = ["fasttun", "go_style"]
 
 COMMANDS = {
-    "demo": LazyCommand("fasttun.cli.demo", "demo", "Two hosts on this machine, a tunnel between them, a file through it."),
+    "demo": LazyCommand(
+        "fasttun.cli.demo", "demo", "Two hosts on this machine, a tunnel between them, a file through it."
+    ),
 }
 BUSY_POLL_US = "50"
 """Microseconds of --busy-poll without a value."""
@@ -72,31 +74,71 @@ _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the default
     context_settings={"max_content_width": 100, "show_default": False},
 )
 @_option(_ROLE, "--listen", is_flag=True, help="Wait for the other side; one listener serves many clients.")
-@_option(_ROLE, "--server", metavar="HOST", help="Connect to the listening host: a name, an IPv4 or IPv6 address.")
-@_option(_NETWORK, "--address", metavar="CIDR", multiple=True,
-         help="This host's address inside, such as 10.7.0.1/24 or fd07::1/64. Repeatable.")
-@_option(_NETWORK, "--route", metavar="CIDR", multiple=True, help="A network to reach through the tunnel. Repeatable.")
-@_option(_NETWORK, "--device", metavar="NAME",
-         help="The TUN device (tun0): made and removed again, or used if it exists.")
-@_option(_NETWORK, "--mtu", metavar="auto|N", help="Bytes of the largest packet inside (auto: what the path carries whole).")
+@_option(_ROLE, "--server", metavar="HOST", help="Connect to the listening host: a name or an address.")
+@_option(
+    _NETWORK,
+    "--address",
+    metavar="CIDR",
+    multiple=True,
+    help="This host's address inside, such as 10.7.0.1/24 or fd07::1/64. Repeatable.",
+)
+@_option(
+    _NETWORK,
+    "--route",
+    metavar="CIDR",
+    multiple=True,
+    help="A network to reach through the tunnel. Repeatable.",
+)
+@_option(
+    _NETWORK,
+    "--device",
+    metavar="NAME",
+    help="The TUN device (tun0): made and removed again, or used if it exists.",
+)
+@_option(
+    _NETWORK,
+    "--mtu",
+    metavar="auto|N",
+    help="Bytes of the largest packet inside (auto: what the path carries whole).",
+)
 @_option(_WIRE, "--port", metavar="N", help="UDP port of the listener (1234).")
 @_option(_WIRE, "--bind", metavar="ADDR", help="Own address to listen on or to send from (any).")
-@_option(_WIRE, "--allow", metavar="CIDR", multiple=True,
-         help="Listener: take datagrams from this network alone. Repeatable.")
-@_option(_WIRE, "--framing", metavar="auto|raw|pi",
-         help="What a datagram holds: the packet, or 4 bytes of packet information first, as lametun sends (auto).")
+@_option(
+    _WIRE,
+    "--allow",
+    metavar="CIDR",
+    multiple=True,
+    help="Listener: take datagrams from this network alone. Repeatable.",
+)
+@_option(
+    _WIRE,
+    "--framing",
+    metavar="auto|raw|pi",
+    help="A datagram is the packet (raw), or has 4 bytes of packet information first, as lametun (auto).",
+)
 @_option(_PROCESS, "--user", metavar="NAME", help="Become this user once set up.")
 @_option(_PROCESS, "-v", "--verbose", count=True, help="Say more.")
 @_option(_PROCESS, "-q", "--quiet", count=True, help="Warnings and errors only; twice: errors only.")
 @_option(_PROCESS, "--log-format", metavar="text|json", default="text", help="Log lines on stderr (text).")
 @_option(_SPEED, "--workers", metavar="N", help="Threads, each with a queue of the device and a socket (1).")
-@_option(_SPEED, "--busy-poll", metavar="[USEC]", is_flag=False, flag_value=BUSY_POLL_US,
-         help=f"Spin this long before sleeping: less latency, more CPU ({BUSY_POLL_US} without a value).")
+@_option(
+    _SPEED,
+    "--busy-poll",
+    metavar="[USEC]",
+    is_flag=False,
+    flag_value=BUSY_POLL_US,
+    help=f"Spin this long before sleeping: less latency, more CPU ({BUSY_POLL_US} without a value).",
+)
 @_option(_SPEED, "--no-tun-offload", is_flag=True, help="No segmentation or checksum offload on the device.")
 @_option(_SPEED, "--no-udp-gso", is_flag=True, help="No UDP_SEGMENT when sending.")
 @_option(_SPEED, "--no-udp-gro", is_flag=True, help="No UDP_GRO when receiving.")
-@_option(_SPEED, "--no-batch", is_flag=True, help="One packet a system call and no offload, as in the article.")
-@_option(_OTHER, "--explain", is_flag=True, help="Print the equivalent ip commands and what each is for; do nothing.")
+@_option(_SPEED, "--no-batch", is_flag=True, help="One packet a system call, as in the article.")
+@_option(
+    _OTHER,
+    "--explain",
+    is_flag=True,
+    help="Print the equivalent ip commands, each with what it is for; do nothing.",
+)
 @click.version_option(__version__, message="fasttun %(version)s")
 @click.help_option("--help", "-h")
 @click.pass_context
@@ -156,7 +198,7 @@ def _account(name: str | None) -> Any:
 
 
 def _fields(given: dict[str, Any]) -> dict[str, Any]:
-    """Flags that were given, as fields of `TunnelConfig`; what was not given keeps the field's own default."""
+    """Flags that were given, as fields of `TunnelConfig`; the others keep the field's own default."""
     fields: dict[str, Any] = {}
     for name, value in given.items():
         if value is None or value == () or value is False:

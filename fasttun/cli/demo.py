@@ -22,7 +22,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
     return number
 
 
-@click.command(add_help_option=False)
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option(
     "--size",
     "size_bytes",
@@ -33,7 +33,6 @@ def _size(ctx: click.Context, param: click.Parameter, value: str) -> int:
 )
 @click.option("--no-baseline", is_flag=True, help="Without the same run through a pure-Python tunnel.")
 @click.option("--plain", is_flag=True, help="Lines instead of a progress bar.")
-@click.help_option("--help", "-h")
 def demo(size_bytes: int, no_baseline: bool, plain: bool) -> int:
     """Two hosts on this machine, a tunnel between them, a file through it.
 

@@ -1,7 +1,7 @@
 """`--explain`: the tunnel's set-up as the `ip` commands one would type, each with what it is for.
 
-The text is a shell script that does the same when run as root; the undo stands in its comments. Asks the kernel
-for the route to a server given by address, and nothing else: no name is looked up, no packet sent.
+The text is a shell script that does the same when run as root; the undo stands in its comments. Asks the
+kernel for the route to a server given by address, and nothing else: no name is looked up, no packet sent.
 """
 
 from __future__ import annotations
@@ -52,17 +52,21 @@ def explanation(config: TunnelConfig) -> str:
 
 
 def _title(config: TunnelConfig) -> str:
-    role = f"listen on UDP port {config.port}" if config.listen else f"connect to {config.server}, UDP port {config.port}"
-    return f"What fasttun would do to {role}, as commands to run as root. Nothing has been changed."
+    goal = "listen on" if config.listen else f"connect to {config.server},"
+    return (
+        f"What fasttun would do to {goal} UDP port {config.port}, as commands to run as root. "
+        "Nothing has been changed."
+    )
 
 
 def _steps(config: TunnelConfig) -> Iterator[_Step]:
     device = shlex.quote(config.device)
     flags = " multi_queue" if config.workers > 1 else ""
     yield _Step(
-        f"A TUN device is a network card without a wire. What the kernel routes into {config.device}, a program "
-        "reads as IP packets; what the program writes, arrives as if from the wire. With `user NAME` at the end, "
-        f"that user's fasttun needs no root later. If {config.device} exists, fasttun uses it and leaves it there.",
+        f"A TUN device is a network card without a wire. What the kernel routes into {config.device}, a "
+        "program reads as IP packets; what the program writes, arrives as if from the wire. With `user NAME` "
+        f"at the end, that user's fasttun needs no root later. If {config.device} exists, fasttun uses it "
+        "and leaves it there.",
         (f"ip tuntap add dev {device} mode tun{flags}",),
         (f"ip tuntap del dev {device} mode tun{flags}",),
     )
@@ -71,7 +75,10 @@ def _steps(config: TunnelConfig) -> Iterator[_Step]:
         yield _Step(
             "This host's address in the private network. The prefix length also makes a route: "
             f"{_and(networks)} {'is' if len(networks) == 1 else 'are'} now behind {config.device}.",
-            tuple(f"ip address add {address} dev {device}{_nodad(address.version)}" for address in config.address),
+            tuple(
+                f"ip address add {address} dev {device}{' nodad' if address.version == 6 else ''}"
+                for address in config.address
+            ),
         )
     value, arithmetic = _mtu(config)
     yield _Step(arithmetic, (f"ip link set dev {device} mtu {value}",))
@@ -85,26 +92,23 @@ def _steps(config: TunnelConfig) -> Iterator[_Step]:
         )
 
 
-def _nodad(version: int) -> str:
-    return " nodad" if version == 6 else ""
-
-
 def _pinned(config: TunnelConfig) -> Iterator[_Step]:
     """The host route that keeps the tunnel's own datagrams out of the tunnel."""
     host = _literal(config.server)
     if host is None:
         if config.server is not None and any(network.prefixlen <= 1 for network in config.route):
             yield _Step(
-                f"{config.server} itself must not be reached through the tunnel that it carries: fasttun looks its "
-                "address up, and gives it a route of its own by today's gateway where a network below covers it."
+                f"{config.server} itself must not be reached through the tunnel that it carries: fasttun "
+                "looks its address up, and gives it a route of its own by today's gateway where a network "
+                "below covers it."
             )
         return
     if not any(host.version == network.version and host in network for network in config.route):
         return
     gateway = f"$(ip route get {host} | sed -n '1s/.*\\(\\(via [^ ]* \\)\\{{0,1\\}}dev [^ ]*\\).*/\\1/p')"
     yield _Step(
-        f"{host} itself must not be reached through the tunnel that it carries: a route of its own, by today's "
-        "gateway, before the wider one takes over.",
+        f"{host} itself must not be reached through the tunnel that it carries: a route of its own, by "
+        "today's gateway, before the wider one takes over.",
         (f"ip route add {host} {gateway}",),
         (f"ip route del {host}",),
     )
@@ -115,8 +119,8 @@ def _mtu(config: TunnelConfig) -> tuple[int, str]:
     if config.mtu is not None:
         return config.mtu, (
             f"The largest packet inside: {config.mtu} bytes, as asked for with --mtu. Each travels with "
-            f"{_headers(4, config.framing)} in front over IPv4 ({_headers(6, config.framing)} over IPv6), and is "
-            "sent in fragments if the path is narrower than that."
+            f"{_headers(4, config.framing)} bytes of headers in front over IPv4 "
+            f"({_headers(6, config.framing)} over IPv6), and in fragments if the path is narrower than that."
         )
     version, path, known = _path(config)
     framing = "pi" if config.framing == "pi" else "raw"
@@ -132,9 +136,7 @@ def _mtu(config: TunnelConfig) -> tuple[int, str]:
 
 def _headers(version: int, framing: str) -> str:
     pi = f" + {PI_LENGTH}" if framing == "pi" else ""
-    return f"{IP_HEADER[version]} + {UDP_HEADER}{pi} bytes of headers" if version == 4 else (
-        f"{IP_HEADER[version]} + {UDP_HEADER}{pi}"
-    )
+    return f"{IP_HEADER[version]} + {UDP_HEADER}{pi}"
 
 
 def _path(config: TunnelConfig) -> tuple[int, int, str]:
@@ -154,25 +156,32 @@ def _loop(config: TunnelConfig) -> str:
     if config.listen:
         senders = f" from {_and([*map(str, config.allow)])} alone" if config.allow else ""
         return (
-            f"fasttun takes UDP datagrams on port {config.port}{senders}, each one IP packet{inside}, and writes the "
-            f"packet to {config.device}; it notes which address inside came from where, and sends what it reads "
-            f"from {config.device} there. Nothing is encrypted."
+            f"fasttun takes UDP datagrams on port {config.port}{senders}, each one IP packet{inside}, and "
+            f"writes the packet to {config.device}; it notes which address inside came from where, and sends "
+            f"what it reads from {config.device} there. Nothing is encrypted."
         )
     return (
-        f"fasttun reads a packet from {config.device}, sends it{inside} as one UDP datagram to {config.server} port "
-        f"{config.port}, and writes what comes back to {config.device}. Nothing is encrypted."
+        f"fasttun reads a packet from {config.device}, sends it{inside} as one UDP datagram to "
+        f"{config.server} port {config.port}, and writes what comes back to {config.device}. "
+        "Nothing is encrypted."
     )
 
 
 def _hints(config: TunnelConfig) -> Iterator[str]:
     if config.listen:
-        yield f"a firewall here must let UDP port {config.port} in: iptables -A INPUT -p udp --dport {config.port} -j ACCEPT"
+        yield (
+            f"a firewall here must let UDP port {config.port} in: "
+            f"iptables -A INPUT -p udp --dport {config.port} -j ACCEPT"
+        )
     families = {network.version for network in (*config.address, *config.route)} or {4}
-    switches = [name for version, name in
-                ((4, "net.ipv4.ip_forward=1"), (6, "net.ipv6.conf.all.forwarding=1")) if version in families]
+    switches = [
+        name
+        for version, name in ((4, "net.ipv4.ip_forward=1"), (6, "net.ipv6.conf.all.forwarding=1"))
+        if version in families
+    ]
     yield (
-        f"the host at the edge of a routed network must pass packets on: sysctl -w {' '.join(switches)}, and that "
-        "network needs a way back (a route to here, or masquerading)"
+        f"the host at the edge of a routed network must pass packets on: sysctl -w {' '.join(switches)}, "
+        "and that network needs a way back (a route to here, or masquerading)"
     )
     yield (
         "without root, large socket buffers must be allowed: "
@@ -192,5 +201,11 @@ def _and(words: Sequence[str]) -> str:
 
 
 def _comment(text: str, indent: str = "") -> list[str]:
-    return textwrap.wrap(text, _WIDTH, initial_indent="# ", subsequent_indent=f"# {indent}",
-                         break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent="# ",
+        subsequent_indent=f"# {indent}",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

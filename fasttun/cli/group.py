@@ -1,4 +1,4 @@
-"""A click group for a command that is itself a program: flags in named sections, subcommands loaded when called.
+"""A click group that is itself a program: flags in named sections, subcommands loaded when called.
 
 Knows nothing of tunnels.
 """
@@ -18,7 +18,7 @@ __all__ = ["LazyCommand", "SectionOption", "SectionedGroup"]
 
 @dataclass(frozen=True)
 class LazyCommand:
-    """A subcommand that is not imported before it is called: `module`, its click command there, one line of help."""
+    """A subcommand that is not imported before it is called. `attribute`: the click command in `module`."""
 
     module: str
     attribute: str

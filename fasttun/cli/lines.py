@@ -75,5 +75,5 @@ def write_error(text: str) -> None:
     if log is not None and log.is_for_machines():
         logging.getLogger("fasttun").error("%s", text)
         return
-    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed: nobody is there to be told
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr is closed: nobody to be told
         print(f"fasttun: {text}", file=sys.stderr, flush=True)

@@ -28,23 +28,29 @@ def counters(stats: Stats) -> Iterator[Line]:
     for peer in stats.peers:
         yield _peer(peer)
     calls, errors = dict(stats.system_calls), dict(stats.errors)
-    text = f"up {stats.uptime_s:.0f} s; system calls: {_listed(calls) or 'none'}; survived: {_listed(errors) or 'nothing'}"
+    text = f"up {stats.uptime_s:.0f} s; system calls: {_listed(calls) or 'none'}"
+    if errors:
+        text += f"; survived: {_listed(errors)}"
     if stats.offloads:
         text += "; " + ", ".join(f"{name} {state}" for name, state in stats.offloads.items())
     if stats.events_lost:
         text += f"; events lost: {stats.events_lost}"
-    yield text, {
-        "uptime_s": round(stats.uptime_s, 3),
-        "system_calls": calls,
-        "errors": errors,
-        "offloads": dict(stats.offloads),
-        "events_lost": stats.events_lost,
-    }
+    yield (
+        text,
+        {
+            "uptime_s": round(stats.uptime_s, 3),
+            "system_calls": calls,
+            "errors": errors,
+            "offloads": dict(stats.offloads),
+            "events_lost": stats.events_lost,
+        },
+    )
 
 
 def _direction(name: str, direction: DirectionStats) -> Line:
     drops = {reason: count for reason, count in direction.drops.items() if count}
-    text = f"{name}: {_packets(direction.packets_out)}, {size(direction.bytes_out)}; dropped {direction.dropped}"
+    passed = f"{_packets(direction.packets_out)}, {size(direction.bytes_out)}"
+    text = f"{name}: {passed}; dropped {direction.dropped}"
     if drops:
         text += f" ({_listed(drops)})"
     fields = dataclasses.asdict(direction)

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .. import log, notify
-from ..errors import FasttunError
 from . import report
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ class _Interrupted(Exception):
 
 
 class _Signals:
-    """Signals and ends as bytes in a pipe. Main thread only, save `post_end`. Restores the former handlers."""
+    """Signals and ends as bytes in a pipe. Main thread only, save `post_end`."""
 
     def __enter__(self) -> _Signals:
         self._reader, self._writer = socket.socketpair()
@@ -89,10 +88,12 @@ class _Watched(threading.Thread):
             self._signals.post_end()
 
 
-def serve(config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None) -> int:
+def serve(
+    config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None
+) -> int:
     """Be the tunnel until SIGINT, SIGTERM or an error. Returns the exit status, raises FasttunError.
 
-    `account`: the user to become once set up. `factory`: makes the forwarder, `Forwarder.from_config` by default.
+    `account`: the user to become once set up. `factory`: in place of `Forwarder.from_config`.
     """
     with _Signals() as signals:
         try:
@@ -193,12 +194,8 @@ class _Service:
         if self._config.server is None:
             _log.info("SIGHUP: a listener has no server to look up")
         else:
-            try:
-                self._forwarder.resolve_again()
-            except FasttunError as error:
-                _log.warning("SIGHUP: %s; the tunnel stays as it is", error)
-            else:
-                _log.info("SIGHUP: %s is %s", self._config.server, _server_endpoint(self._config, self._forwarder))
+            _log.info("SIGHUP: looking %s up again", self._config.server)
+            self._forwarder.resolve_again()
         notify.ready()
 
 
@@ -238,7 +235,7 @@ def _say(logger: logging.Logger, lines: Iterable[report.Line]) -> None:
 
 
 def _terminal_is_there() -> bool:
-    """Whether the process has a controlling terminal, which a hang-up takes away (tty_ioctl(4), TIOCNOTTY)."""
+    """Whether the process has a controlling terminal, which a hang-up takes away (tty(4))."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:

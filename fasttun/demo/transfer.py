@@ -35,12 +35,11 @@ def ping(host: str, count: int) -> None:
     identity = os.getpid() & 0xFFFF
     times_ms: list[float] = []
     with socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP) as sock:
-        sock.connect((host, 0))
         for sequence in range(count):
             begin = time.monotonic()
             try:
-                sock.send(_echo(identity, sequence))
-            except OSError:  # the device is not up yet
+                sock.sendto(_echo(identity, sequence), (host, 0))
+            except OSError:  # no route: the device is not up yet
                 time.sleep(0.1)
                 continue
             while (left := begin + 1.0 - time.monotonic()) > 0:
