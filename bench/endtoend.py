@@ -203,10 +203,8 @@ def _one(
         print(f"bench: {tunnel.name}: {reason}", file=sys.stderr)
     if values:
         result["samples"].append({"tunnel": tunnel.name, "link": link, "round": round_, "values": values})
-    print(
-        f"{round_}/{given.rounds} {link:5} {tunnel.name:20} {_line(values)} ({time.monotonic() - begin:.0f} s)",
-        flush=True,
-    )
+    took_s = time.monotonic() - begin
+    print(f"{round_}/{given.rounds} {link:5} {tunnel.name:20} {_line(values)} ({took_s:.0f} s)", flush=True)
 
 
 def _prepare_link(hosts: tuple[Host, Host], link: str) -> None:

@@ -292,7 +292,8 @@ class WireGuardGo(Tunnel):
             configuration = host.directory / "wg.conf"
             configuration.write_text(
                 f"[Interface]\nPrivateKey = {private[here]}\nListenPort = 51820\n[Peer]\n"
-                f"PublicKey = {public[1 - here]}\nAllowedIPs = 0.0.0.0/0\nEndpoint = {hosts[1 - here].outer}:51820\n"
+                f"PublicKey = {public[1 - here]}\nAllowedIPs = 0.0.0.0/0\n"
+                f"Endpoint = {hosts[1 - here].outer}:51820\n"
             )
             configuration.chmod(0o600)
             self.programs.append(

@@ -36,7 +36,7 @@ _told_capped = False
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One address and port outside the tunnel. `scope_id`: interface index of a link-local address, else 0."""
+    """One address and port outside the tunnel. `scope_id`: a link-local address's interface index, else 0."""
 
     host: IPv4Address | IPv6Address
     port: int
@@ -140,8 +140,8 @@ def open_udp(*, bind: str | None, port: int, family: int, reuse_port: bool = Fal
 
     `bind`: IPv4 or IPv6 literal (with %scope), or None for every address of this host.
     `port`: 0 = one the kernel chooses. `reuse_port`: several sockets share the port (SO_REUSEPORT).
-    `family`: AF_INET; AF_INET6 (takes IPv4 too when `bind` is None); AF_UNSPEC = bind's family, or without
-    `bind` both in one AF_INET6 socket where the kernel has IPv6, else AF_INET.
+    `family`: AF_INET or AF_INET6, bind's own when given. AF_INET6 without `bind` takes IPv4 too, and
+    becomes AF_INET where the kernel has no IPv6: read `.family` of what comes back.
     Datagrams above the path MTU are fragmented here, others carry DF (IP_PMTUDISC_WANT).
     """
     subject = f"{f'[{bind}]' if bind and ':' in bind else bind or '*'}:{port}"
@@ -149,25 +149,21 @@ def open_udp(*, bind: str | None, port: int, family: int, reuse_port: bool = Fal
     if bind is not None:
         local = _literal(bind, port, "bind")
         if local is None:
-            raise EndpointError(
-                "bind", subject, errno.EINVAL, "give an address of this host", "not an IP address"
-            )
+            raise EndpointError("bind", subject, errno.EINVAL, "give an address of this host", "not an IP address")
         bind_family = socket.AF_INET6 if local.host.version == 6 else socket.AF_INET
-        if family not in (socket.AF_UNSPEC, bind_family):
+        if family != bind_family:
             raise EndpointError(
                 "bind",
                 subject,
                 errno.EAFNOSUPPORT,
                 "bind to an address of the server's family (IPv4 or IPv6)",
             )
-        family = bind_family
     try:
-        if family != socket.AF_UNSPEC:
-            return _open(family, local, port, reuse_port)
         try:
-            return _open(socket.AF_INET6, None, port, reuse_port)
+            return _open(family, local, port, reuse_port)
         except OSError as error:
-            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT):
+            no_ipv6 = error.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL, errno.EPROTONOSUPPORT)
+            if not (no_ipv6 and family == socket.AF_INET6 and bind is None):
                 raise
             return _open(socket.AF_INET, None, port, reuse_port)
     except OSError as error:

@@ -258,7 +258,7 @@ class Forwarder:
                 self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
                 burst_packets=BURST_PACKETS if config.batch else 1,
                 vnet_header=self.device is not None and self.device.vnet_header,
-                join_udp=self.device is not None and "uso" in self.device.offloads,
+                join_udp=self.device is not None and {"uso4", "uso6"} <= self.device.offloads,
                 udp_gso=self._offloads["udp-gso"] == offload.ON,
                 udp_gro=self._offloads["udp-gro"] == offload.ON))
         self._offloads["tun"] = self._tun_offload()

@@ -10,8 +10,9 @@ import socket
 from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from .errors import EndpointError
+from .netlink import Place, code_of, netlink
 
-__all__ = ["PI_LENGTH", "inner_mtu", "overhead", "path_mtu"]
+__all__ = ["PI_LENGTH", "address_mtu", "inner_mtu", "overhead", "path_mtu"]
 
 PI_LENGTH = 4
 """Bytes of packet information before a packet in framing "pi" (`struct tun_pi`, linux/if_tun.h)."""
@@ -43,9 +44,7 @@ def inner_mtu(path_mtu: int, outer_version: int, framing: str) -> int:
 
     ValueError when the path does not hold the headers and one byte.
     """
-    largest = min(
-        path_mtu - overhead(outer_version, framing), _MAX_UDP_PAYLOAD[outer_version] - _FRAMING[framing]
-    )
+    largest = min(path_mtu - overhead(outer_version, framing), _MAX_UDP_PAYLOAD[outer_version] - _FRAMING[framing])
     if largest < 1:
         raise ValueError(f"a path MTU of {path_mtu} bytes leaves no room for a packet")
     return largest
@@ -71,6 +70,34 @@ def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0) -> int:
         raise EndpointError(
             "find the path MTU to", str(host), error.errno or errno.EIO, _route_hint(error.errno, host)
         ) from error
+
+
+def address_mtu(host: IPv4Address | IPv6Address) -> int:
+    """Bytes: the MTU of the interface that has the address `host`. EndpointError (EADDRNOTAVAIL) if none has."""
+    host = type(host)(int(host))  # without a %scope
+
+    def work() -> int | None:
+        with netlink() as ipr:
+            for message in ipr.get_addr(family=socket.AF_INET if host.version == 4 else socket.AF_INET6):
+                if ip_address(message.get("IFA_LOCAL") or message.get("IFA_ADDRESS")) == host:
+                    return int(ipr.link("get", index=message["index"])[0].get("IFLA_MTU"))
+        return None
+
+    place = Place()
+    try:
+        found = place.run(work)
+    except Exception as error:
+        code = code_of(error)
+        if code is None:
+            raise
+        raise EndpointError("find the interface of", str(host), code) from error
+    finally:
+        place.close()
+    if found is None:
+        raise EndpointError(
+            "find the interface of", str(host), errno.EADDRNOTAVAIL, "it is no address of this host: see `ip address`"
+        )
+    return found
 
 
 def _route_hint(code: int | None, host: IPv4Address | IPv6Address) -> str:

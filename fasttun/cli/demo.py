@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 
 import click
 
@@ -41,5 +42,5 @@ def demo(size_bytes: int, no_baseline: bool, plain: bool) -> int:
     """
     from ..demo.show import run
 
-    run(click.get_text_stream("stdout"), size_bytes, baseline=not no_baseline, plain=plain)
+    run(sys.stdout, size_bytes, baseline=not no_baseline, plain=plain)
     return 0

@@ -105,7 +105,7 @@ def _pinned(config: TunnelConfig) -> Iterator[_Step]:
         return
     if not any(host.version == network.version and host in network for network in config.route):
         return
-    gateway = f"$(ip route get {host} | sed -n '1s/.*\\(\\(via [^ ]* \\)\\{{0,1\\}}dev [^ ]*\\).*/\\1/p')"
+    gateway = f"$(ip route get {host} | grep -oE -m1 '(via [^ ]+ )?dev [^ ]+')"
     yield _Step(
         f"{host} itself must not be reached through the tunnel that it carries: a route of its own, by "
         "today's gateway, before the wider one takes over.",

@@ -244,7 +244,8 @@ def test_every_flag_arrives(monkeypatch):
     )  # fmt: skip
     assert client == TunnelConfig(
         server="vpn.example", port=7, device="tun9", address=("10.7.0.2/24", "fd07::2/64"),
-        route="10.8.0.0/16", mtu=1300, framing="pi", bind="::", workers=2, tun_offload=False, udp_gso=False, udp_gro=False,
+        route="10.8.0.0/16", mtu=1300, framing="pi", bind="::", workers=2, tun_offload=False,
+        udp_gso=False, udp_gro=False,
         batch=False, busy_poll_us=30,
     )  # fmt: skip
     listener = configuration_of(
@@ -292,7 +293,7 @@ def test_explain_pins_the_way_to_a_server_that_a_route_covers():
 @pytest.mark.parametrize(
     ("options", "arithmetic", "value"),
     [
-        ({"framing": "pi"}, "1500 (Ethernet's, assumed here) - 20 (IPv4 header) - 8 (UDP header) - 4 (pa", 1468),
+        ({"framing": "pi"}, "1500 (Ethernet's, assumed here) - 20 (IPv4 header) - 8 (UDP header) - 4", 1468),
         ({"bind": "2001:db8::1"}, "1500 (Ethernet's, assumed here) - 40 (IPv6 header) - 8 (UDP ", 1452),
         ({"mtu": 1300}, "1300 bytes, as asked for with --mtu", 1300),
     ],

@@ -1,0 +1,370 @@
+"""From the end-to-end benchmark's JSON to what people read: the README's table and two pictures.
+
+    python -m bench.report                    the newest complete bench/results/*.json
+    python -m bench.report FILE [--check]     --check: print, write nothing
+
+Medians over the rounds; a ratio is the median of the rounds' own ratios, tunnel : reference in one round.
+Measures nothing, needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape
+
+ROOT = Path(__file__).resolve().parents[1]
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+REFERENCE, BASELINE = "veth", "pure-python"
+BOTH_WAYS = ("up", "down")
+
+
+class ReportError(Exception):
+    """The JSON or the README is not what it has to be."""
+
+
+class Results:
+    """The samples of one run, by kind of link, tunnel and round."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        if data.get("schema") != 1:
+            raise ReportError(f"schema {data.get('schema')!r}, this reads 1")
+        self.data = data
+        self._samples: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+        for sample in data["samples"]:
+            self._samples.setdefault((sample["link"], sample["tunnel"]), {})[sample["round"]] = sample["values"]
+
+    def links(self) -> list[str]:
+        return [link for link in self.data["settings"]["links"] if any(key[0] == link for key in self._samples)]
+
+    def tunnels(self) -> list[str]:
+        """Those that were measured at least once, in the order of a round."""
+        return [name for name in self.data["tunnels"] if any(key[1] == name for key in self._samples)]
+
+    def title(self, tunnel: str) -> str:
+        return str(self.data["tunnels"][tunnel])
+
+    def rounds(self, link: str, tunnel: str, keys: Sequence[str]) -> dict[int, float]:
+        """Per round the mean of those of `keys` that were measured (both directions of one measure, say)."""
+        found = {}
+        for round_, values in self._samples.get((link, tunnel), {}).items():
+            present = [values[key] for key in keys if key in values]
+            if present:
+                found[round_] = statistics.fmean(present)
+        return found
+
+    def median(self, link: str, tunnel: str, keys: Sequence[str]) -> float | None:
+        rounds = self.rounds(link, tunnel, keys)
+        return statistics.median(rounds.values()) if rounds else None
+
+    def ratio(self, link: str, tunnel: str, reference: str, keys: Sequence[str]) -> float | None:
+        """Median over the rounds that have both."""
+        ours, theirs = self.rounds(link, tunnel, keys), self.rounds(link, reference, keys)
+        ratios = [ours[round_] / theirs[round_] for round_ in ours if theirs.get(round_)]
+        return statistics.median(ratios) if ratios else None
+
+
+@dataclass(frozen=True)
+class Column:
+    head: str
+    keys: tuple[str, ...]
+    divisor: float = 1.0
+
+
+def tcp_keys(congestion: str, streams: int, what: str = "bps") -> tuple[str, ...]:
+    return tuple(f"tcp_{congestion}_{streams}_{direction}_{what}" for direction in BOTH_WAYS)
+
+
+def columns(results: Results) -> list[Column]:
+    """What the table shows; a column that no tunnel has a figure for is left out."""
+    congestions = [name for name, absent in results.data["congestion"].items() if not absent]
+    wanted = [
+        Column(f"TCP {name} {streams}, Gbit/s", tcp_keys(name, streams), 1e9)
+        for name in congestions
+        for streams in (1, 4)
+    ]
+    wanted += [
+        Column("UDP 64 B, kpps", ("udp_64_pps",), 1e3),
+        Column("UDP 1400 B, kpps", ("udp_1400_pps",), 1e3),
+        Column("iperf3 -u 64 B, kpps", ("iperf_udp_64_pps",), 1e3),
+        Column("ping min, µs", ("ping_min_us",)),
+        Column("ping avg, µs", ("ping_avg_us",)),
+        Column("ping under load, µs", ("ping_loaded_avg_us",)),
+        Column("CPU s/GB", tcp_keys(congestions[0], 1, "cpu_s_per_gb") if congestions else ()),
+        Column("RSS, MiB", ("rss_kib",), 1024),
+    ]
+    names, links = results.tunnels(), results.links()
+    return [
+        column
+        for column in wanted
+        if any(results.median(link, name, column.keys) is not None for link in links for name in names)
+    ]
+
+
+def number(value: float | None) -> str:
+    """Three digits at most, for nobody can measure more here; – for nothing measured."""
+    if value is None:
+        return "–"
+    if value >= 99.5:
+        return f"{value:,.0f}"
+    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+
+
+LINK_TITLES = {
+    "whole": "The veth pair carries a UDP segmentation frame whole (its default)",
+    "split": "`tx-udp-segmentation off`, as on a network card without that feature",
+}
+
+
+def table(results: Results) -> str:
+    """The Markdown between the README's markers."""
+    data, settings = results.data, results.data["settings"]
+    machine = data["machine"]
+    changed = " with changes" if data.get("uncommitted") else ""
+    shown = columns(results)
+    congestion = next((name for name, absent in data["congestion"].items() if not absent), "cubic")
+    stream = tcp_keys(congestion, 1)
+    parts = [
+        f"Measured {data['date'][:10]} on {machine['cores']} cores of {machine['cpu']} "
+        f"({machine['architecture']}), Linux {data['kernel']}, commit {data['commit'] or 'none'}{changed}: "
+        f"two network namespaces, one veth pair, inner MTU {settings['inner_mtu']} (bare veth 1500), "
+        f"medians of {settings['rounds']} round{'s' if settings['rounds'] != 1 else ''} of {settings['seconds']} s with all tunnels in turn."
+    ]
+    for link in results.links():
+        heads = ["", *(column.head for column in shown), "× veth", "× pure Python"]
+        rows = [heads, ["---", *("---:" for _ in heads[1:])]]
+        for name in results.tunnels():
+            figures = [results.median(link, name, column.keys) for column in shown]
+            if all(figure is None for figure in figures):
+                continue
+            cells = [
+                number(figure / column.divisor if figure is not None else None)
+                for figure, column in zip(figures, shown, strict=True)
+            ]
+            ratios = [number(results.ratio(link, name, other, stream)) for other in (REFERENCE, BASELINE)]
+            emphasis = "**" if name == "fasttun" else ""
+            rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
+        parts.append(f"**{LINK_TITLES.get(link, link)}**")
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    parts.append(_notes(results, congestion))
+    return "\n\n".join(parts)
+
+
+def _notes(results: Results, congestion: str) -> str:
+    data = results.data
+    loss = 100 * data["settings"]["loss_allowed"]
+    lines = [
+        f"TCP: mean of both directions; × is the ratio of one {congestion} stream, taken within each round. "
+        f"UDP: the highest rate with a loss of at most {loss:g} %, closed loop; iperf3 -u: what arrives of an "
+        "open loop. CPU: both ends' processes, per GB of one TCP stream, without what the kernel does on "
+        "nobody's account. "
+        "The spread between runs is about a quarter: compare rows, not tables of two days."
+    ]
+    lossy = _lossy(results, data["settings"]["loss_allowed"])
+    if lossy:
+        lines.append(f"Lost more than that at every window: {lossy}.")
+    lines += [f"Missing: {results.title(name)} ({reason})." for name, reason in data["missing"].items()]
+    lines += [f"Missing: TCP {name} ({reason})." for name, reason in data["congestion"].items() if reason]
+    failures = sorted({(failure["tunnel"], failure["reason"]) for failure in data["failures"]})
+    lines += [f"Failed: {results.title(name)} ({reason})." for name, reason in failures]
+    return "<br>\n".join(lines)
+
+
+def _lossy(results: Results, allowed: float) -> str:
+    found = {
+        f"{results.title(name)} ({payload} B)"
+        for link in results.links()
+        for name in results.tunnels()
+        for payload in (64, 1400)
+        if (results.median(link, name, (f"udp_{payload}_loss",)) or 0) > allowed
+    }
+    return ", ".join(sorted(found))
+
+
+def put_between_markers(text: str, inside: str) -> str:
+    """`text` with `inside` between the two markers. ReportError unless each is there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ReportError(f"{BEGIN} and {END} have to be there once each, in this order")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    return f"{before}{BEGIN}\n{inside}\n{END}{after}"
+
+
+@dataclass(frozen=True)
+class Palette:
+    background: str
+    text: str
+    faint: str
+    ours: str
+    ours_second: str
+    other: str
+    other_second: str
+
+
+LIGHT = Palette("#ffffff", "#1f2328", "#59636e", "#0969da", "#80b8f2", "#8c959f", "#d1d5da")
+DARK = Palette("#0d1117", "#f0f6fc", "#9198a1", "#4493f8", "#1f4e8c", "#8b949e", "#3d444d")
+
+WIDTH, LABELS, RIGHT, BAR, GAP, ROW = 860, 230, 92, 11, 2, 34
+FONT = "-apple-system,BlinkMacSystemFont,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif"
+
+
+def picture(results: Results, palette: Palette) -> str:
+    """An SVG: panels of horizontal bars, longest first, the two kinds of link beside each other."""
+    links = results.links()
+    congestion = next((name for name, absent in results.data["congestion"].items() if not absent), "cubic")
+    panels = [
+        (f"TCP, one stream ({congestion})", "Gbit/s", tcp_keys(congestion, 1), 1e9),
+        ("UDP, 64 bytes, without loss", "thousand packets a second", ("udp_64_pps",), 1e3),
+    ]
+    body: list[str] = []
+    top = 34.0
+    _text(body, 16, 24, "fasttun and its peers, both ends on one machine", palette.text, size=16, weight=600)
+    if len(links) > 1:
+        top = _legend(body, top, links, palette)
+    for title, unit, keys, divisor in panels:
+        top = _panel(body, top + 18, results, links, palette, f"{title}, {unit}", keys, divisor)
+    machine = results.data["machine"]
+    source = (
+        f"{results.data['date'][:10]}, Linux {results.data['kernel']}, "
+        f"{machine['cores']} cores of {machine['cpu']}, "
+        f"medians of {results.data['settings']['rounds']}"
+    )
+    _text(body, 16, top + 20, source, palette.faint, size=11)
+    height = round(top + 34)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
+            f'height="{height}" role="img" font-family="{escape(FONT)}">',
+            f"<title>{escape(_summary(results, panels, links))}</title>",
+            f'<rect width="{WIDTH}" height="{height}" rx="6" fill="{palette.background}"/>',
+            *body,
+            "</svg>\n",
+        ]
+    )
+
+
+def _summary(results: Results, panels: Iterable[tuple[str, str, tuple[str, ...], float]], links: list[str]) -> str:
+    """The picture in words, for those who do not see it."""
+    said = []
+    for title, unit, keys, divisor in panels:
+        figures = [(name, results.median(links[0], name, keys)) for name in results.tunnels()] if links else []
+        listed = ", ".join(f"{results.title(name)} {number(value / divisor)}" for name, value in figures if value)
+        said.append(f"{title}, {unit}: {listed}.")
+    return " ".join(said)
+
+
+def _legend(body: list[str], top: float, links: list[str], palette: Palette) -> float:
+    words = {"whole": "link carries UDP segmentation frames whole", "split": "link without UDP segmentation"}
+    left = 16.0
+    for link, fill in zip(links, (palette.other, palette.other_second), strict=False):
+        body.append(f'<rect x="{left:g}" y="{top + 3:g}" width="11" height="11" rx="2" fill="{fill}"/>')
+        _text(body, left + 17, top + 13, words.get(link, link), palette.faint, size=12)
+        left += 300
+    return top + 16
+
+
+def _panel(
+    body: list[str],
+    top: float,
+    results: Results,
+    links: list[str],
+    palette: Palette,
+    title: str,
+    keys: Sequence[str],
+    divisor: float,
+) -> float:
+    rows = []
+    for name in results.tunnels():
+        if name == REFERENCE:  # several times the longest bar: it would leave no room for the others
+            continue
+        values = [results.median(link, name, keys) for link in links]
+        if any(value is not None for value in values):
+            rows.append((name, [value / divisor if value is not None else None for value in values]))
+    if not rows:
+        return top - 18
+    rows.sort(key=lambda row: -max(value for value in row[1] if value is not None))
+    largest = max(value for _, values in rows for value in values if value is not None) or 1.0
+    _text(body, 16, top + 14, title, palette.text, size=13, weight=600)
+    bare = results.median(links[0], REFERENCE, keys)
+    if bare is not None:
+        beside = f"{results.title(REFERENCE)}: {number(bare / divisor)}"
+        _text(body, WIDTH - 16, top + 14, beside, palette.faint, size=12, anchor="end")
+    top += 24
+    for name, values in rows:
+        ours = name.startswith("fasttun")
+        fills = (palette.ours, palette.ours_second) if ours else (palette.other, palette.other_second)
+        thick = len(values) * BAR + (len(values) - 1) * GAP
+        _text(
+            body, LABELS - 10, top + ROW / 2 + 4, results.title(name), palette.text, anchor="end",
+            weight=600 if name == "fasttun" else 400,
+        )  # fmt: skip
+        y = top + (ROW - thick) / 2
+        for value, fill in zip(values, fills, strict=False):
+            if value is not None:
+                length = max(1.5, (WIDTH - LABELS - RIGHT) * value / largest)
+                body.append(f'<rect x="{LABELS}" y="{y:g}" width="{length:.1f}" height="{BAR}" rx="2" fill="{fill}"/>')
+                _text(body, LABELS + length + 6, y + BAR - 1.5, number(value), palette.faint, size=11)
+            y += BAR + GAP
+        top += ROW
+    return top
+
+
+def _text(
+    body: list[str],
+    x: float,
+    y: float,
+    words: str,
+    fill: str,
+    *,
+    size: int = 13,
+    weight: int = 400,
+    anchor: str = "start",
+) -> None:
+    body.append(
+        f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" font-size="{size}" font-weight="{weight}" '
+        f'text-anchor="{anchor}">{escape(words)}</text>'
+    )
+
+
+def newest(directory: Path) -> Path:
+    """The newest complete result, by the date in its name. ReportError if there is none."""
+    for path in sorted(directory.glob("*.json"), reverse=True):
+        data = json.loads(path.read_text())
+        if isinstance(data, dict) and data.get("schema") == 1 and data.get("complete"):
+            return path
+    raise ReportError(f"no complete result in {directory}: run python -m bench.endtoend first")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", nargs="?", type=Path, help="default: the newest complete one in bench/results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("--images", type=Path, default=ROOT / "docs" / "img", metavar="DIRECTORY")
+    parser.add_argument("--check", action="store_true", help="print the table, write nothing")
+    given = parser.parse_args(arguments)
+    try:
+        source = given.file or newest(ROOT / "bench" / "results")
+        results = Results(json.loads(source.read_text()))
+        text = table(results)
+        if given.check:
+            print(text)
+            return 0
+        readme = put_between_markers(given.readme.read_text(), text)
+    except (ReportError, OSError, ValueError, KeyError) as error:
+        print(f"report: {error}", file=sys.stderr)
+        return 1
+    given.readme.write_text(readme)
+    given.images.mkdir(parents=True, exist_ok=True)
+    for name, palette in (("bench-light.svg", LIGHT), ("bench-dark.svg", DARK)):
+        (given.images / name).write_text(picture(results, palette))
+    print(f"report: {source} → {given.readme}, {given.images}/bench-{{light,dark}}.svg")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
