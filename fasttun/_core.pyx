@@ -115,6 +115,7 @@ ctypedef struct worker_t:
     bint gso
     bint gro
     bint vnet
+    uint64_t busy_poll_ns
     int burst
     int receive
     int mtu
@@ -871,18 +872,33 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
 # ------------------------------------------------------------------------------------------- loop
 
 cdef int rest(worker_t *w) noexcept nogil:
-    """Sleeps until a descriptor is ready. >= 0, -EINTR, or -errno when a descriptor is dead."""
+    """Sleeps until a descriptor is ready. >= 0, -EINTR, or -errno when a descriptor is dead.
+
+    With busy polling it looks again and again first, for at most that long: a wake-up costs more than the
+    wait for an answer that is under way. It yields between looks, since the answer may need this very core.
+    An idle tunnel spins once after its last packet, then sleeps.
+    """
     cdef pollfd[3] fds
     cdef bint waits = w.message_next < w.message_count
-    cdef uint64_t count
+    cdef uint64_t count, until
+    cdef int ready = 0
     fds[0].fd = w.event_fd
     fds[0].events = POLLIN
     fds[1].fd = -1 if waits else w.tun_fd
     fds[1].events = POLLIN
     fds[2].fd = w.udp_fd
     fds[2].events = POLLIN | POLLOUT if waits else POLLIN
-    w.counters.calls[CALL_POLL] += 1
-    if poll(fds, 3, -1) < 0:
+    if w.busy_poll_ns:
+        until = precise_ns() + w.busy_poll_ns
+        while ready == 0 and precise_ns() < until:
+            w.counters.calls[CALL_POLL] += 1
+            ready = poll(fds, 3, 0)
+            if ready == 0:
+                sched_yield()
+    if ready == 0:
+        w.counters.calls[CALL_POLL] += 1
+        ready = poll(fds, 3, -1)
+    if ready < 0:
         return -errno
     if fds[0].revents:
         read(w.event_fd, &count, 8)
@@ -1211,6 +1227,7 @@ cdef class Engine:
     TUN before they are sent; 1 is one packet a call. udp_gso, udp_gro: the offload is there and wanted
     (UDP_GRO is already set on the socket). vnet_header: the TUN has IFF_VNET_HDR with headers of 10 bytes;
     join_udp: it also takes joined UDP (TUN_F_USO). connected: the socket is connected, its peer the only one.
+    busy_poll_us: microseconds of looking for packets before each sleep, 0 for none.
     `run()` once, from one thread; `stop()` and `counters()` from any.
     """
 
@@ -1224,7 +1241,7 @@ cdef class Engine:
 
     def __init__(self, PeerTable table not None, *, int tun_fd, int udp_fd, int mtu=1500,
                  int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
-                 bint join_udp=False, bint connected=False):
+                 bint join_udp=False, bint connected=False, int busy_poll_us=0):
         cdef int i
         cdef worker_t *w
         if self.w != NULL:
@@ -1249,6 +1266,7 @@ cdef class Engine:
         w.gso = udp_gso
         w.gro = udp_gro
         w.vnet = vnet_header
+        w.busy_poll_ns = <uint64_t>busy_poll_us * 1000
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
         w.receive_slot = FRAME if udp_gro else (mtu + PI_LENGTH + SLOT - 1) // SLOT * SLOT

@@ -234,3 +234,114 @@ def join(list packets not None, join_udp=True, join_tcp=True, join_fixed_ids=Fal
     """`[(vnet header, frame)]` of one burst of at most BURST_PACKETS packets."""
     coalescer = Coalescer(join_tcp=join_tcp, join_udp=join_udp, join_fixed_ids=join_fixed_ids)
     return [(vnet, frame) for vnet, frame, _ in coalescer.join(packets)]
+
+
+# ---- For benchmarks: the helper alone, in a loop without Python ------------------------------------------
+
+
+def repeat_checksum(bytes data not None, int times, variant=None, bint copy=False):
+    """Sums `data` `times` times; copy: into a second buffer at the same time."""
+    cdef uint8_t *source
+    cdef uint8_t *target
+    cdef uint64_t sum = 0
+    cdef size_t length = len(data)
+    cdef int _
+    _force(variant)
+    source = _copied(data)
+    target = _copied(data)
+    with nogil:
+        for _ in range(times):
+            if copy:
+                sum = ft_copy_sum(target, source, length, sum)
+            else:
+                sum = ft_sum(source, length, sum)
+    free(source)
+    free(target)
+    _force(None)
+    return ft_fold(sum)
+
+
+cdef extern from *:
+    """
+    static void copied_in_loop(uint8_t *to, const uint8_t *from, size_t length, int times) {
+        while (times-- > 0) {
+            memcpy(to, from, length);
+            __asm__ volatile("" : : "r"(to), "r"(from) : "memory");
+        }
+    }
+    """
+    void copied_in_loop(uint8_t *to, const uint8_t *source, size_t length, int times) noexcept nogil
+
+
+def repeat_memcpy(bytes data not None, int times):
+    """Copies `data` `times` times: the yardstick."""
+    cdef uint8_t *source = _copied(data)
+    cdef uint8_t *target = _copied(data)
+    cdef size_t length = len(data)
+    with nogil:
+        copied_in_loop(target, source, length, times)
+    free(source)
+    free(target)
+
+
+def repeat_split(bytes vnet not None, bytes frame not None, int times):
+    """Splits one frame `times` times: packets made in all."""
+    cdef vnet_header_t header
+    cdef segments_t segments
+    cdef size_t length = len(frame), room = segment_out_size(0, 0)
+    cdef uint8_t *source
+    cdef uint8_t *out
+    cdef int _, count = 0
+    cdef long packets = 0
+    _vnet(vnet, &header)
+    source = _copied(frame)
+    out = <uint8_t *>malloc(room)
+    if out == NULL:
+        free(source)
+        raise MemoryError
+    with nogil:
+        for _ in range(times):
+            count = segment_frame(&header, source, length, out, room, 0, 0, 65535, &segments)
+            packets += count
+    free(source)
+    free(out)
+    if count < 0:
+        raise ValueError(_REASONS.get(count))
+    return packets
+
+
+def repeat_join(list packets not None, int times):
+    """Joins one burst `times` times (headers restored before each): frames made by the last.
+
+    The packets lie one behind the other in memory, as a GRO read leaves them.
+    """
+    cdef coalescer_t *coalescer = <coalescer_t *>malloc(sizeof(coalescer_t))
+    cdef bytes whole = b"".join(packets)
+    cdef uint8_t *memory = _copied(whole)
+    cdef uint8_t *start
+    cdef const uint8_t *original = <const uint8_t *>PyBytes_AS_STRING(whole)
+    cdef uint16_t lengths[COALESCE_MAX_PACKETS]
+    cdef int _, i, j, count = len(packets)
+    cdef size_t offset, first
+    cdef unsigned int frames = 0
+    if coalescer == NULL or count > COALESCE_MAX_PACKETS:
+        raise MemoryError
+    for i in range(count):
+        lengths[i] = len(packets[i])
+    coalescer_init(coalescer, True, True, False)
+    with nogil:
+        for _ in range(times):
+            coalescer_reset(coalescer)
+            offset = 0
+            for j in range(count):
+                coalescer_add(coalescer, memory + offset, lengths[j])
+                offset += lengths[j]
+            frames = coalescer_finish(coalescer)
+            for j in range(<int>frames):
+                start = <uint8_t *>coalescer.frames[j].iov[1].iov_base
+                first = start - memory
+                if coalescer.frames[j].packets > 1:
+                    memcpy(start, original + first, coalescer.frames[j].vnet.hdr_len)
+    free(memory)
+    free(coalescer)
+    return frames

@@ -36,7 +36,7 @@ Network = IPv4Network | IPv6Network
 class TunnelConfig:
     """The configuration of one plain tunnel. Raises `ConfigurationError` that names the field.
 
-    `address`, `route`, `allow`: one string, or several strings or `ipaddress` objects.
+    `address`, `route`, `allow`: one string or `ipaddress` object, or an iterable of them.
     `mtu`: bytes of the largest inner packet, or None or "auto" to derive it from the path to the peer.
     `tun_fd`, `udp_fd`: descriptors to use in place of `device` and of an own socket; the caller keeps them.
     """
@@ -166,7 +166,7 @@ def _parse_all(field: str, given: object, parse: Any) -> tuple[Any, ...]:
     many: Iterable[object]
     if given is None:
         many = ()
-    elif isinstance(given, (list, tuple, set, frozenset)):
+    elif isinstance(given, Iterable) and not isinstance(given, (str, bytes, IPv4Network, IPv6Network)):
         many = given
     else:
         many = (given,)

@@ -695,14 +695,19 @@ def _wanted_features(fd: int, name: str, queues: int, vnet_header: bool) -> int:
     return (IFF_MULTI_QUEUE if queues > 1 else 0) | (features & IFF_VNET_HDR if vnet_header else 0)
 
 
+def _exists(name: str) -> bool:
+    try:
+        return socket.if_nametoindex(name) > 0
+    except OSError:
+        return False
+
+
 def _examine(name: str) -> _Kind | None:
     """What an existing interface of that name is; None when there is none."""
-    try:
-        index = socket.if_nametoindex(name)
-    except OSError:
+    if not _exists(name):
         return None
     with _reported("examine", name, _no_hint), netlink() as ipr:
-        link = ipr.link("get", index=index)[0]
+        link = ipr.link("get", ifname=name)[0]
     info = link.get("IFLA_LINKINFO")
     kind = (info.get("IFLA_INFO_KIND") if info else None) or ""
     data = info.get("IFLA_INFO_DATA") if info and kind == "tun" else None
@@ -818,17 +823,18 @@ def _restorer(fd: int, name: str, before: int, actual: int) -> Callable[[], None
     header_length = struct.unpack("i", fcntl.ioctl(fd, TUNGETVNETHDRSZ, bytes(4)))[0]
 
     def restore() -> None:
+        if not _exists(name):  # deleted meanwhile, and TUNSETIFF would make a new one
+            return
         try:
             again = _open_clone(name)
             try:
-                socket.if_nametoindex(name)  # deleted meanwhile: TUNSETIFF would make a new one
                 _attach(again, name, before)
                 fcntl.ioctl(again, TUNSETVNETHDRSZ, struct.pack("i", header_length))
                 fcntl.ioctl(again, TUNSETOFFLOAD, 0)
             finally:
                 os.close(again)
         except OSError as error:
-            if error.errno not in _GONE:
+            if _exists(name):
                 _log.warning("the packet headers of %s stay as fasttun set them: %s", name, error)
 
     return restore

@@ -256,7 +256,7 @@ class Forwarder:
                 sock, gso=config.udp_gso and config.batch, gro=config.udp_gro and config.batch)
             self._engines.append(Engine(
                 self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
-                burst_packets=BURST_PACKETS if config.batch else 1,
+                burst_packets=BURST_PACKETS if config.batch else 1, busy_poll_us=config.busy_poll_us,
                 vnet_header=self.device is not None and self.device.vnet_header,
                 join_udp=self.device is not None and {"uso4", "uso6"} <= self.device.offloads,
                 udp_gso=self._offloads["udp-gso"] == offload.ON,

@@ -50,8 +50,7 @@ def is_for_machines() -> bool:
     """Whether a program reads the log (JSON, or the journal), so that every line must come through it."""
     formatters = [handler.formatter for handler in logging.getLogger(_ROOT).handlers]
     return any(
-        isinstance(f, _JsonFormatter) or (isinstance(f, _TextFormatter) and f.prefix == "journal")
-        for f in formatters
+        isinstance(f, _JsonFormatter) or (isinstance(f, _TextFormatter) and f.prefix == "journal") for f in formatters
     )
 
 

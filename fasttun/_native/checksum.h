@@ -16,8 +16,10 @@
 #include <string.h>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
-#elif defined(__aarch64__) && defined(__ARM_NEON)
+#elif defined(__aarch64__) && defined(__ARM_NEON) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+#define FT_NEON 1
 #include <arm_neon.h>
 #endif
 
@@ -71,15 +73,38 @@ FT_INLINE uint16_t ft_fold(uint64_t sum)
     return (uint16_t)sum;
 }
 
-/* The 1 to 7 bytes at `p` as the first bytes of a word, zeroes behind. */
-FT_INLINE uint64_t ft_partial(const uint8_t *p, size_t n)
+/* The 1 to 7 bytes at `p` as the first bytes of a word in memory, zeroes behind; copied to `to` unless NULL.
+ * By overlapping loads: bytes collected in memory and loaded as a word would stall the load. */
+FT_INLINE uint64_t ft_partial(uint8_t *restrict to, const uint8_t *restrict p, size_t n)
 {
-    uint8_t word[8] = {0};
-    size_t at = 0;
-    if (n & 4) { memcpy(word, p, 4); at = 4; }
-    if (n & 2) { memcpy(word + at, p + at, 2); at += 2; }
-    if (n & 1) word[at] = p[at];
-    return ft_load64(word);
+    uint64_t first, last;
+    size_t first_bytes, last_bytes;
+    if (n >= 4) {
+        first = ft_load32(p);
+        last = ft_load32(p + n - 4);
+        first_bytes = last_bytes = 4;
+        if (to) {
+            ft_store32(to, (uint32_t)first);
+            ft_store32(to + n - 4, (uint32_t)last);
+        }
+    } else {
+        last = p[n - 1];
+        last_bytes = 1;
+        first_bytes = n >= 2 ? 2 : 1;
+        first = n >= 2 ? ft_load16(p) : last;
+        if (to) {
+            if (n >= 2)
+                ft_store16(to, (uint16_t)first);
+            to[n - 1] = (uint8_t)last;
+        }
+    }
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+    (void)first_bytes;
+    return first | last << 8 * (n - last_bytes);
+#else
+    (void)last_bytes;
+    return first << 8 * (8 - first_bytes) | last << 8 * (8 - n);
+#endif
 }
 
 /* The scalar loops: headers, tails, and processors without a variant of their own. */
@@ -92,7 +117,7 @@ FT_INLINE uint64_t ft_sum_words(const uint8_t *p, size_t n, uint64_t initial)
         high += w >> 32;
     }
     if (n)
-        low += ft_halves(ft_partial(p, n));
+        low += ft_halves(ft_partial(NULL, p, n));
     return ft_add(low + high, initial);
 }
 
@@ -105,13 +130,8 @@ FT_INLINE uint64_t ft_copy_words(uint8_t *restrict to, const uint8_t *restrict p
         low += w & 0xffffffffu;
         high += w >> 32;
     }
-    if (n) {
-        size_t at = 0;
-        if (n & 4) { memcpy(to, p, 4); at = 4; }
-        if (n & 2) { memcpy(to + at, p + at, 2); at += 2; }
-        if (n & 1) to[at] = p[at];
-        low += ft_halves(ft_partial(p, n));
-    }
+    if (n)
+        low += ft_halves(ft_partial(to, p, n));
     return ft_add(low + high, initial);
 }
 
@@ -217,7 +237,7 @@ FT_OUTLINE FT_AVX2 uint64_t ft_copy_avx2(uint8_t *restrict to, const uint8_t *re
     return ft_run_avx2(to, p, n, initial);
 }
 
-#define FT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi,prefer-vector-width=512")))
+#define FT_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512vbmi")))
 #define FT_SUM_AVX512(acc, v) \
     acc = _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_xor_si512(v, bias), ones))
 #define FT_STEP_AVX512(acc, at)                                     \
@@ -266,7 +286,7 @@ FT_OUTLINE FT_AVX512 uint64_t ft_copy_avx512(uint8_t *restrict to, const uint8_t
     return ft_run_avx512(to, p, n, initial);
 }
 
-#elif defined(__aarch64__) && defined(__ARM_NEON)
+#elif defined(FT_NEON)
 
 /* A lane takes at most 2 * 65535 a step and 2**13 steps a block: below 2**31. */
 #define FT_STEP_NEON(acc, at)                                   \
@@ -323,7 +343,7 @@ static const ft_checksum_variant_t ft_checksum_variants[] = {
     {"avx512", ft_sum_avx512, ft_copy_avx512},
     {"avx2", ft_sum_avx2, ft_copy_avx2},
     {"sse2", ft_sum_sse2, ft_copy_sse2},
-#elif defined(__aarch64__) && defined(__ARM_NEON)
+#elif defined(FT_NEON)
     {"neon", ft_sum_neon, ft_copy_neon},
 #endif
     {"scalar", ft_sum_scalar, ft_copy_scalar},
@@ -332,15 +352,39 @@ static const ft_checksum_variant_t ft_checksum_variants[] = {
 
 static ft_checksum_variant_t ft_checksum_chosen = {"scalar", ft_sum_scalar, ft_copy_scalar};
 
+#if defined(__x86_64__)
+/* By CPUID and XGETBV themselves: __builtin_cpu_supports needs a run-time library that not every clang has.
+ * Bits: Intel SDM volume 2A, CPUID; volume 1, 13.3 (XCR0: what the kernel saves at a task switch). */
+FT_OUTLINE int ft_processor_level(void)
+{
+    unsigned a, b, c, d, xcr0, high;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & 1u << 27))
+        return 0;
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d))
+        return 0;
+    if ((xcr0 & 0xe6) == 0xe6 && b & 1u << 16 && b & 1u << 30 && b & 1u << 31 && c & 1u << 1)
+        return 2;
+    return (xcr0 & 0x06) == 0x06 && b & 1u << 5;
+}
+
+/* 2: AVX-512 F, BW, VL and VBMI; 1: AVX2; 0: neither. Asked once: CPUID takes microseconds in a virtual machine. */
+FT_OUTLINE int ft_processor(void)
+{
+    static int level = -1;
+    if (level < 0)
+        level = ft_processor_level();
+    return level;
+}
+#endif
+
 FT_OUTLINE int ft_checksum_supported(const char *name)
 {
 #if defined(__x86_64__)
-    __builtin_cpu_init();
     if (!strcmp(name, "avx512"))
-        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw")
-            && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vbmi");
+        return ft_processor() >= 2;
     if (!strcmp(name, "avx2"))
-        return __builtin_cpu_supports("avx2") != 0;
+        return ft_processor() >= 1;
 #endif
     for (size_t i = 0; i < FT_CHECKSUM_VARIANTS; i++)
         if (!strcmp(name, ft_checksum_variants[i].name))

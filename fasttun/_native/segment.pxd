@@ -150,7 +150,7 @@ cdef inline int segment_frame(
     """
     cdef uint8_t kind = vnet.gso_type & ~VIRTIO_NET_HDR_GSO_ECN
     cdef uint8_t protocol, flags = 0, sent_flags
-    cdef size_t l4 = 0, header, payload, size, count, stride, i, take, total, field
+    cdef size_t l4 = 0, header, payload, size, count, stride, i, take = 0, total, field
     cdef const uint8_t *data = frame
     cdef uint8_t *to
     cdef uint64_t shared, ip_shared = 0, each

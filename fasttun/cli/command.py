@@ -160,8 +160,7 @@ def _refuse_flags(ctx: click.Context) -> None:
         if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE:
             flag = max(parameter.opts, key=len)
             raise click.UsageError(
-                f"{flag}: is not for the command {ctx.invoked_subcommand}; "
-                f"see fasttun {ctx.invoked_subcommand} --help"
+                f"{flag}: is not for the command {ctx.invoked_subcommand}; see fasttun {ctx.invoked_subcommand} --help"
             )
 
 

@@ -54,8 +54,7 @@ def explanation(config: TunnelConfig) -> str:
 def _title(config: TunnelConfig) -> str:
     goal = "listen on" if config.listen else f"connect to {config.server},"
     return (
-        f"What fasttun would do to {goal} UDP port {config.port}, as commands to run as root. "
-        "Nothing has been changed."
+        f"What fasttun would do to {goal} UDP port {config.port}, as commands to run as root. Nothing has been changed."
     )
 
 

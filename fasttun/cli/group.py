@@ -83,9 +83,7 @@ class SectionedGroup(click.Group):
                 formatter.write_dl(rows)
 
 
-def _last(
-    sections: Mapping[str, list[tuple[str, str]]], name: str
-) -> Iterable[tuple[str, list[tuple[str, str]]]]:
+def _last(sections: Mapping[str, list[tuple[str, str]]], name: str) -> Iterable[tuple[str, list[tuple[str, str]]]]:
     return sorted(sections.items(), key=lambda item: item[0] == name)
 
 

@@ -51,6 +51,7 @@ class _Signals:
         self._writer.setblocking(False)  # set_wakeup_fd asks for it
         self._wakeup = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         self._former = {number: signal.signal(number, lambda *_: None) for number in _CAUGHT}
+        self._ends_with_terminal = self._former[signal.SIGHUP] is not signal.SIG_IGN and _terminal_is_there()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -63,6 +64,10 @@ class _Signals:
     def next(self) -> int:
         """Wait for the next byte: a signal's number or `_ENDED`."""
         return self._reader.recv(1)[0]
+
+    def terminal_went(self) -> bool:
+        """Whether a SIGHUP means that whoever could end this is gone; never so under nohup."""
+        return self._ends_with_terminal and not _terminal_is_there()
 
     def post_end(self) -> None:
         """Make `next` return `_ENDED`. From any thread."""
@@ -88,9 +93,7 @@ class _Watched(threading.Thread):
             self._signals.post_end()
 
 
-def serve(
-    config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None
-) -> int:
+def serve(config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None) -> int:
     """Be the tunnel until SIGINT, SIGTERM or an error. Returns the exit status, raises FasttunError.
 
     `account`: the user to become once set up. `factory`: in place of `Forwarder.from_config`.
@@ -141,7 +144,6 @@ class _Service:
         self._account = account
         self._signals = signals
         self._forwarder = factory(config, before_threads=self._drop_privileges if account else None)
-        self._has_terminal = _terminal_is_there()
 
     def run(self) -> int:
         forwarder = self._forwarder
@@ -175,8 +177,7 @@ class _Service:
         text, fields = _opening(self._config, self._forwarder)
         _log.info("%s", text, extra=fields)
         _log.warning(
-            "packets are neither encrypted nor authenticated: "
-            "anyone on the path can read this tunnel and send into it"
+            "packets are neither encrypted nor authenticated: anyone on the path can read this tunnel and send into it"
         )
         notify.ready(text)
 
@@ -185,8 +186,8 @@ class _Service:
             if number == signal.SIGUSR1:
                 _say(_report, report.counters(self._forwarder.stats()))
             elif number == signal.SIGHUP:
-                if self._has_terminal and not _terminal_is_there():
-                    return  # the terminal is gone, and with it whoever could end this
+                if self._signals.terminal_went():
+                    return
                 self._reload()
 
     def _reload(self) -> None:

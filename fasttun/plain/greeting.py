@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 from ..endpoint import Endpoint
 
@@ -43,6 +44,7 @@ class Greeter:
         self._index = 0
         self._unanswered = 0
         self._due = now
+        self._since = now
         self._resolved = now
         self._ever_heard = False
 
@@ -60,11 +62,13 @@ class Greeter:
         if self.current == old:
             return None
         self._unanswered = 0
-        self._due = now
+        self._due = self._since = now
         return self.current
 
     def poll(self, now: float, silent_s: float) -> Step:
         """The step due at `now`. silent_s: since the server was last heard, `inf` if never."""
+        if now - silent_s < self._since:
+            silent_s = inf  # it was heard at the address before this one
         heard = silent_s < SILENCE_S
         if heard:
             self._unanswered = 0
@@ -81,6 +85,7 @@ class Greeter:
         if not heard and self._unanswered >= TRIES_BEFORE_NEXT and len(self._addresses) > 1:
             self._index = (self._index + 1) % len(self._addresses)
             self._unanswered = 0
+            self._since = now
             move_to = self.current
         wait = KEEPALIVE_S if heard else FIRST_STEPS_S[min(self._unanswered, len(FIRST_STEPS_S) - 1)]
         self._unanswered += 1

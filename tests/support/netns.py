@@ -131,9 +131,7 @@ class Namespace:
         )
         if check and done.returncode:
             words = " ".join(map(str, command))
-            raise AssertionError(
-                f"{self.name}: {words}: status {done.returncode}\n{done.stdout}{done.stderr}"
-            )
+            raise AssertionError(f"{self.name}: {words}: status {done.returncode}\n{done.stdout}{done.stderr}")
         return done
 
     def popen(
@@ -396,9 +394,10 @@ def sweep() -> None:
                     _ip("netns", "delete", name)
 
 
-# Values that change by themselves, without anyone's doing.
+# Values that change by themselves, and the default queue, which Linux attaches at a device's first
+# link up and keeps when it is down again.
 _VOLATILE = frozenset(
-    {"stats", "stats64", "valid_life_time", "preferred_life_time", "cache", "expires", "tentative", "used"}
+    {"stats", "stats64", "valid_life_time", "preferred_life_time", "cache", "expires", "tentative", "used", "qdisc"}
 )
 
 
@@ -433,8 +432,7 @@ def snapshot(ns: Namespace) -> Snapshot:
     return Snapshot(
         devices=texts(ns.ip_json("address", "show")),
         routes=texts(
-            ns.ip_json("-4", "route", "show", "table", "all")
-            + ns.ip_json("-6", "route", "show", "table", "all")
+            ns.ip_json("-4", "route", "show", "table", "all") + ns.ip_json("-6", "route", "show", "table", "all")
         ),
         rules=texts(ns.ip_json("-4", "rule", "show") + ns.ip_json("-6", "rule", "show")),
     )

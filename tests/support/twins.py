@@ -70,11 +70,7 @@ class Packet:
 
     @property
     def header_length(self) -> int:
-        ip = (
-            20 + len(self.ip_options)
-            if self.version == 4
-            else 40 + sum(1 + len(body) for _, body in self.extensions)
-        )
+        ip = 20 + len(self.ip_options) if self.version == 4 else 40 + sum(1 + len(body) for _, body in self.extensions)
         return ip + (20 + len(self.options) if self.protocol == TCP else 8)
 
     @property
@@ -116,9 +112,7 @@ class Packet:
                 checksum = 0xFFFF
         transport = self.transport(checksum)
         if self.version == 4:
-            length = (
-                20 + len(self.ip_options) + len(transport) if self.total_length is None else self.total_length
-            )
+            length = 20 + len(self.ip_options) + len(transport) if self.total_length is None else self.total_length
 
             def header(ip_checksum: int) -> bytes:
                 return (
@@ -138,9 +132,7 @@ class Packet:
                     + self.ip_options
                 )
 
-            return (
-                header(inverted_sum(header(0)) if self.ip_checksum is None else self.ip_checksum) + transport
-            )
+            return header(inverted_sum(header(0)) if self.ip_checksum is None else self.ip_checksum) + transport
         chain = b""
         following = self.protocol
         for kind, body in reversed(self.extensions):
@@ -305,9 +297,7 @@ def split(header: bytes, frame: bytes) -> list[bytes]:
         assert (hdr_len, gso_size, csum_start, csum_offset) == (0, 0, 0, 0)
         return [frame]
     whole = parse(frame)
-    assert gso_type == {(4, TCP): GSO_TCPV4, (6, TCP): GSO_TCPV6}.get(
-        (whole.version, whole.protocol), GSO_UDP_L4
-    )
+    assert gso_type == {(4, TCP): GSO_TCPV4, (6, TCP): GSO_TCPV6}.get((whole.version, whole.protocol), GSO_UDP_L4)
     assert flags == NEEDS_CSUM
     assert hdr_len == whole.header_length
     assert csum_start == whole.transport_offset

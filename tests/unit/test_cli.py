@@ -91,9 +91,7 @@ BAD_USE = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("words", "flag", "fix"), BAD_USE, ids=lambda value: " ".join(value) if value else None
-)
+@pytest.mark.parametrize(("words", "flag", "fix"), BAD_USE, ids=lambda value: " ".join(value) if value else None)
 def test_bad_use_is_one_line_with_flag_and_fix(words, flag, fix, capfd):
     assert main(words) == 2
     out, err = capfd.readouterr()
@@ -193,9 +191,7 @@ slow = {{"rich", "pyroute2", "asyncio", "ctypes", "json", "socket", "fasttun._co
         "fasttun.device", "fasttun.cli.serve", "fasttun.cli.demo", "fasttun.demo"}}
 print(sorted(slow & set(sys.modules)), file=sys.stderr)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=PROJECT
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, cwd=PROJECT)
     assert (done.returncode, done.stderr) == (0, "[]\n")
 
 
@@ -359,12 +355,10 @@ def test_summary_names_drops_by_reason():
 def test_counters_show_peers_calls_errors_and_offloads():
     texts = [text for text, _ in report.counters(stats())]
     assert texts[2] == (
-        "peer [2001:db8::7]:1234 (10.7.0.2), raw, heard 1.2 s ago: "
-        "to it 3 packets, 4.20 kB; from it 1 packet, 84 B"
+        "peer [2001:db8::7]:1234 (10.7.0.2), raw, heard 1.2 s ago: to it 3 packets, 4.20 kB; from it 1 packet, 84 B"
     )
     assert texts[3] == (
-        "up 62 s; system calls: read 5; survived: ECONNREFUSED 2; udp-gso on, batch off: asked for; "
-        "events lost: 1"
+        "up 62 s; system calls: read 5; survived: ECONNREFUSED 2; udp-gso on, batch off: asked for; events lost: 1"
     )
 
 
@@ -406,9 +400,7 @@ class FakeForwarder:
         if error is not None:
             self.ended.set()
 
-    def from_config(
-        self, config: TunnelConfig, before_threads: Callable[[], None] | None = None
-    ) -> FakeForwarder:
+    def from_config(self, config: TunnelConfig, before_threads: Callable[[], None] | None = None) -> FakeForwarder:
         return self
 
     def __enter__(self) -> FakeForwarder:
@@ -475,9 +467,7 @@ def test_a_stop_signal_ends_cleanly_with_summary(number, log_lines):
     handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     assert run_with(fake, LISTENER, number) == 0
     assert fake.calls == ["start", "stop", "close"]
-    assert handlers == [
-        signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-    ]
+    assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)]
     opening, warning, outbound, inbound = log_lines()
     assert opening["message"] == "tun0 (10.7.0.1/24, MTU 1472) listens on UDP port 1234 for 10.0.0.0/8"
     assert (opening["device"], opening["mtu"], opening["port"]) == ("tun0", 1472, 1234)
@@ -533,6 +523,18 @@ def test_hang_up_ends_it_when_the_terminal_went(monkeypatch):
     fake = FakeForwarder()
     assert run_with(fake, TunnelConfig(server="127.0.0.1"), signal.SIGHUP) == 0
     assert fake.calls == ["start", "stop", "close"]
+
+
+def test_under_nohup_a_hang_up_is_a_reload(monkeypatch):
+    there = iter([True, False])
+    monkeypatch.setattr(serve, "_terminal_is_there", lambda: next(there))
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fake = FakeForwarder()
+        assert run_with(fake, TunnelConfig(server="127.0.0.1"), signal.SIGHUP, signal.SIGTERM) == 0
+    finally:
+        signal.signal(signal.SIGHUP, former)
+    assert fake.calls == ["start", "resolve_again", "stop", "close"]
 
 
 def test_usr1_prints_counters_even_when_quiet(capfd):

@@ -43,9 +43,7 @@ def test_text_on_a_terminal_is_bare():
     logger.info("tun0 is up")
     logger.warning("slow: %d", 7)
     logger.debug("details")
-    assert stream.getvalue() == (
-        "fasttun: tun0 is up\nfasttun: warning: slow: 7\nfasttun: fasttun.device: details\n"
-    )
+    assert stream.getvalue() == ("fasttun: tun0 is up\nfasttun: warning: slow: 7\nfasttun: fasttun.device: details\n")
 
 
 def test_text_in_a_file_has_the_time():
