@@ -61,8 +61,8 @@ cdef enum:
     # datagrams in one group: UDP_MAX_SEGMENTS of kernels before 6.2 (include/linux/udp.h)
     MAX_DATAGRAM = 65507
     # bytes: 65,535 less the IPv4 and UDP headers
-    CONTROL = 32
-    # bytes for one control message with an int, CMSG_SPACE(4) rounded up
+    CONTROL = 96
+    # bytes for the control messages of one message: the segments' size, and a local address
     MAX_RECEIVE = 64
     GRO_RECEIVE = 16
     # 64 KiB frames a recvmmsg: 1 MiB, no more than a core's cache
@@ -75,6 +75,7 @@ ctypedef struct target_t:
     # Where consecutive packets to one inner destination go; saves the look-up for all but the first.
     address_t destination
     sockaddr_t address
+    address_t local
     int32_t peer
     uint32_t generation
     uint8_t framing
@@ -102,6 +103,7 @@ ctypedef struct group_t:
     uint32_t size
     uint32_t bytes
     uint32_t inner_bytes
+    address_t local
     uint8_t head
     bint closed
 
@@ -115,6 +117,7 @@ ctypedef struct worker_t:
     bint gso
     bint gro
     bint vnet
+    bint sticky
     uint64_t busy_poll_ns
     int burst
     int receive
@@ -165,14 +168,65 @@ cdef inline void tell(int fd) noexcept nogil:
     write(fd, &one, 8)
 
 
-cdef inline void send_control(worker_t *w, const sockaddr_t *to, const uint8_t *data, size_t length) noexcept nogil:
+cdef inline bint is_known(const address_t *local) noexcept nogil:
+    return local.high != 0 or local.low != 0
+
+
+cdef inline size_t put_source(uint8_t *control, const address_t *local, int family) noexcept nogil:
+    """Writes the control message that makes a datagram leave from `local`; its space in bytes.
+
+    An IPv6 socket takes IPv4 sources as v4-mapped ones (net/ipv4/ip_sockglue.c, ip_cmsg_send).
+    """
+    cdef cmsghdr *header = <cmsghdr *>control
+    cdef uint8_t *data = CMSG_DATA(header)
+    if family == AF_INET:
+        header.cmsg_level = IPPROTO_IP
+        header.cmsg_type = IP_PKTINFO
+        header.cmsg_len = CMSG_LEN(12)
+        memset(data, 0, 12)
+        memcpy(data + 4, (<const uint8_t *>&local.low) + 4, 4)
+        return CMSG_SPACE(12)
+    header.cmsg_level = IPPROTO_IPV6
+    header.cmsg_type = IPV6_PKTINFO
+    header.cmsg_len = CMSG_LEN(20)
+    memcpy(data, local, 16)
+    memset(data + 16, 0, 4)
+    return CMSG_SPACE(20)
+
+
+cdef ssize_t send_from(worker_t *w, const void *data, size_t length, const void *name, uint32_t name_length,
+                       const address_t *local) noexcept nogil:
+    """sendto() that leaves from `local`, where that is known and still an address of this host."""
+    cdef msghdr header
+    cdef iovec vector
+    cdef uint8_t[96] control
+    cdef ssize_t sent
+    if not is_known(local):
+        return sendto(w.udp_fd, data, length, MSG_DONTWAIT, name, name_length)
+    memset(&header, 0, sizeof(msghdr))
+    vector.iov_base = <void *>data
+    vector.iov_len = length
+    header.msg_name = <void *>name
+    header.msg_namelen = name_length
+    header.msg_iov = &vector
+    header.msg_iovlen = 1
+    header.msg_control = control
+    header.msg_controllen = put_source(control, local, w.family)
+    sent = sendmsg(w.udp_fd, &header, MSG_DONTWAIT)
+    if sent < 0 and errno in (EINVAL, EADDRNOTAVAIL, ENETUNREACH):
+        return sendto(w.udp_fd, data, length, MSG_DONTWAIT, name, name_length)
+    return sent
+
+
+cdef inline void send_control(worker_t *w, const sockaddr_t *to, const address_t *local, const uint8_t *data,
+                              size_t length) noexcept nogil:
     """One small datagram beside the bursts; lost when the socket has no room, as any datagram may be."""
     cdef const void *name = NULL
     cdef uint32_t name_length = 0
     if not w.connected:
         name = <const void *>to.bytes
         name_length = to.length
-    if sendto(w.udp_fd, data, length, MSG_DONTWAIT, name, name_length) < 0:
+    if send_from(w, data, length, name, name_length, local) < 0:
         count_error(&w.counters, errno)
     else:
         w.counters.control_out += 1
@@ -180,17 +234,18 @@ cdef inline void send_control(worker_t *w, const sockaddr_t *to, const uint8_t *
 
 cdef void send_check(worker_t *w, const check_t *check) noexcept nogil:
     cdef uint8_t[20] request
-    send_control(w, &check.to, request, stun_request(request, check.transaction))
+    send_control(w, &check.to, &check.local, request, stun_request(request, check.transaction))
 
 
 cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, const endpoint_t *from_,
-                           uint64_t now) noexcept nogil:
+                           const address_t *local, uint64_t now) noexcept nogil:
     """A STUN datagram: answers a request, takes a success as proof that its sender receives from here."""
     cdef table_t *t = w.table
     cdef uint8_t[44] response
     cdef int kind = stun_type(data, length)
     cdef bint answer = False
     cdef bint news = False
+    cdef int32_t peer
     cdef sockaddr_t to
     cdef endpoint_t mapped
     w.counters.control_in += 1
@@ -202,6 +257,9 @@ cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, cons
             answer = t.peer_count > 0 and same_endpoint(&t.peers[0].endpoint, from_)
         else:
             answer = is_allowed(t, from_)
+            peer = find_peer(t, from_) if answer else -1
+            if peer >= 0 and not is_expired(t, peer, now):
+                t.peers[peer].kept_ns = now
         answer = answer and may_answer_stun(t, now)
     elif t.fixed:
         if t.peer_count > 0 and t.greeting_set and same_endpoint(&t.peers[0].endpoint, from_) \
@@ -214,7 +272,7 @@ cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, cons
     pthread_mutex_unlock(&t.lock)
     w.news = w.news or news
     if answer and endpoint_to_sockaddr(from_, w.family, &to):
-        send_control(w, &to, response, stun_success(response, data, from_))
+        send_control(w, &to, local, response, stun_success(response, data, from_))
 
 
 # --------------------------------------------------------------------------------------- outbound
@@ -251,6 +309,7 @@ cdef void aim(worker_t *w, const address_t *destination, uint64_t now) noexcept 
         peer = &t.peers[target.peer]
         target.generation = peer.generation
         target.address = peer.address
+        target.local = peer.local
         target.framing = <uint8_t>t.framing if t.framing != FRAMING_AUTO else peer.framing
         target.alternate = peer.alternate
     pthread_mutex_unlock(&t.lock)
@@ -298,6 +357,7 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noe
     group.inner_bytes = length - head
     group.head = <uint8_t>head
     group.closed = False
+    group.local = w.target.local
     vector = &w.vectors[w.vector_count]
     vector.iov_base = data
     vector.iov_len = length
@@ -356,7 +416,7 @@ cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexce
 
 cdef bint is_fatal(int error) noexcept nogil:
     """Whether a descriptor is gone: closed, no socket, its device deleted. All else is survived."""
-    return error in (EBADF, EBADFD, ENOTSOCK, ENODEV)
+    return error in (EBADF, EBADFD, ENOTCONN, ENOTSOCK, ENODEV)
 
 
 cdef int send_singly(worker_t *w, int index) noexcept nogil:
@@ -381,7 +441,7 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
             at = 0
         for attempt in range(2):
             w.counters.calls[CALL_SENDMMSG] += 1
-            sent = sendto(w.udp_fd, data, length, MSG_DONTWAIT, header.msg_name, header.msg_namelen)
+            sent = send_from(w, data, length, header.msg_name, header.msg_namelen, &group.local)
             if sent >= 0:
                 break
             error = errno
@@ -413,23 +473,45 @@ cdef void give_up(worker_t *w, int offload, int error) noexcept nogil:
     pthread_mutex_unlock(&w.table.lock)
 
 
-cdef void mark_segments(worker_t *w) noexcept nogil:
-    """Gives each message of more than one datagram its UDP_SEGMENT control message."""
+cdef void write_controls(worker_t *w) noexcept nogil:
+    """Gives each message what it needs of UDP_SEGMENT (more than one datagram) and of a source address."""
     cdef int i
+    cdef group_t *group
     cdef msghdr *header
     cdef cmsghdr *control
+    cdef uint8_t *space
+    cdef size_t used
     cdef uint16_t size
     for i in range(w.message_next, w.message_count):
-        if w.groups[i].packets > 1:
-            header = &w.messages[i].msg_hdr
-            header.msg_control = w.controls + i * CONTROL
-            header.msg_controllen = CMSG_SPACE(2)
-            control = CMSG_FIRSTHDR(header)
+        group = &w.groups[i]
+        header = &w.messages[i].msg_hdr
+        space = w.controls + i * CONTROL
+        used = 0
+        if group.packets > 1:
+            control = <cmsghdr *>space
             control.cmsg_level = SOL_UDP
             control.cmsg_type = UDP_SEGMENT
             control.cmsg_len = CMSG_LEN(2)
-            size = <uint16_t>w.groups[i].size
+            size = <uint16_t>group.size
             memcpy(CMSG_DATA(control), &size, 2)
+            used = CMSG_SPACE(2)
+        if is_known(&group.local):
+            used += put_source(space + used, &group.local, w.family)
+        header.msg_control = space if used else NULL
+        header.msg_controllen = used
+
+
+cdef void lose_source(worker_t *w, const address_t *lost) noexcept nogil:
+    """`lost` is no address of this host any more: what waits, and what follows, leaves from another."""
+    cdef address_t local = lost[0]
+    cdef int i
+    for i in range(w.message_next, w.message_count):
+        if w.groups[i].local.low == local.low and w.groups[i].local.high == local.high:
+            memset(&w.groups[i].local, 0, sizeof(address_t))
+    write_controls(w)
+    pthread_mutex_lock(&w.table.lock)
+    forget_local(w.table, &local)
+    pthread_mutex_unlock(&w.table.lock)
 
 
 cdef int flush(worker_t *w) noexcept nogil:
@@ -454,6 +536,9 @@ cdef int flush(worker_t *w) noexcept nogil:
             continue
         if is_fatal(error):
             return -error
+        if error in (EINVAL, EADDRNOTAVAIL, ENETUNREACH) and is_known(&w.groups[w.message_next].local):
+            lose_source(w, &w.groups[w.message_next].local)
+            continue
         if error == ECONNREFUSED and refused < 2:
             # A pending error of an earlier datagram, taken back by reporting it: send again.
             refused += 1
@@ -606,10 +691,10 @@ cdef int outbound_burst(worker_t *w) noexcept nogil:
         pthread_mutex_lock(&w.table.lock)
         settle_target(w)
         pthread_mutex_unlock(&w.table.lock)
-    if w.gso:
-        mark_segments(w)
     if result < 0 or w.message_count == 0:
         return result
+    if w.gso or w.sticky:
+        write_controls(w)
     return flush(w)
 
 
@@ -628,8 +713,8 @@ cdef inline void settle_origin(worker_t *w) noexcept nogil:
     w.origin.valid = False
 
 
-cdef bint may_enter(worker_t *w, const endpoint_t *from_, const uint8_t *packet, int version, int framing,
-                    uint32_t length, uint64_t now) noexcept nogil:
+cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local, const uint8_t *packet,
+                    int version, int framing, uint32_t length, uint64_t now) noexcept nogil:
     """Whether the packet's inner source belongs to its sender; counts the drop when it does not."""
     cdef table_t *t = w.table
     cdef origin_t *origin = &w.origin
@@ -653,7 +738,7 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const uint8_t *packet,
     elif not t.fixed and (not can_be_source(packet, version) or is_own(t, &source)):
         reason = DROP_MARTIAN
     else:
-        peer = admit(t, from_, &source, framing, now, &check, &w.news)
+        peer = admit(t, from_, local, &source, framing, now, &check, &w.news)
         if peer == ADMIT_STRANGER:
             reason = DROP_STRANGER
         elif peer == ADMIT_UNPROVEN:
@@ -770,12 +855,13 @@ cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
     return 0
 
 
-cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *from_, uint64_t now) noexcept nogil:
+cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *from_, const address_t *local,
+              uint64_t now) noexcept nogil:
     """One datagram, by what its first bytes say it is. >= 0, or -errno when the TUN is dead."""
     cdef int kind = datagram_kind(data, length)
     cdef int version
     if kind == KIND_STUN:
-        binding_datagram(w, data, length, from_, now)
+        binding_datagram(w, data, length, from_, local, now)
         return 0
     if kind == KIND_PI:
         data += PI_LENGTH
@@ -786,22 +872,29 @@ cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *fro
     if version == 0:
         w.counters.inbound.drops[DROP_IN_MALFORMED] += 1
         return 0
-    if not may_enter(w, from_, data, version, FRAMING_PI if kind == KIND_PI else FRAMING_RAW, length, now):
+    if not may_enter(w, from_, local, data, version, FRAMING_PI if kind == KIND_PI else FRAMING_RAW, length,
+                     now):
         return 0
     return deliver(w, data, length)
 
 
-cdef inline uint32_t segment_size(msghdr *header, uint32_t length) noexcept nogil:
-    """The size of the datagrams that UDP_GRO has put together: an int, absent for a single one."""
-    cdef cmsghdr *control
+cdef inline uint32_t read_controls(msghdr *header, uint32_t length, address_t *local) noexcept nogil:
+    """The size of the datagrams that UDP_GRO has put together, `length` for a single one; fills `local`."""
+    cdef cmsghdr *control = CMSG_FIRSTHDR(header)
+    cdef uint32_t segment = length
     cdef int size
-    if header.msg_controllen == 0:
-        return length
-    control = CMSG_FIRSTHDR(header)
-    if control == NULL or control.cmsg_level != SOL_UDP or control.cmsg_type != UDP_GRO:
-        return length
-    memcpy(&size, CMSG_DATA(control), sizeof(int))
-    return <uint32_t>size if 0 < size < <int>length else length
+    memset(local, 0, sizeof(address_t))
+    while control != NULL:
+        if control.cmsg_level == SOL_UDP and control.cmsg_type == UDP_GRO:
+            memcpy(&size, CMSG_DATA(control), sizeof(int))
+            if 0 < size < <int>length:
+                segment = <uint32_t>size
+        elif control.cmsg_level == IPPROTO_IP and control.cmsg_type == IP_PKTINFO:
+            mapped_ipv4(CMSG_DATA(control) + 4, &local.high, &local.low)
+        elif control.cmsg_level == IPPROTO_IPV6 and control.cmsg_type == IPV6_PKTINFO:
+            memcpy(local, CMSG_DATA(control), 16)
+        control = CMSG_NXTHDR(header, control)
+    return segment
 
 
 cdef int inbound_burst(worker_t *w) noexcept nogil:
@@ -809,6 +902,7 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
     cdef uint64_t now
     cdef msghdr *header
     cdef endpoint_t from_
+    cdef address_t local
     cdef uint8_t *data
     cdef uint32_t length, size, step
     cdef int i, count, error
@@ -816,7 +910,7 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
     for i in range(w.receive):
         header = &w.receive_messages[i].msg_hdr
         header.msg_namelen = 0 if w.connected else SOCKADDR_SIZE
-        header.msg_controllen = CONTROL if w.gro else 0
+        header.msg_controllen = CONTROL if w.gro or w.sticky else 0
         header.msg_flags = 0
     w.counters.calls[CALL_RECVMMSG] += 1
     count = recvmmsg(w.udp_fd, w.receive_messages, w.receive, MSG_DONTWAIT, NULL)
@@ -846,10 +940,10 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             w.counters.inbound.bytes_in += length
             w.counters.inbound.drops[DROP_OVERSIZED if header.msg_flags & MSG_TRUNC else DROP_IN_MALFORMED] += 1
             continue
-        size = segment_size(header, length)
+        size = read_controls(header, length, &local)
         while length:
             step = size if size < length else length
-            result = take(w, data, step, &from_, now)
+            result = take(w, data, step, &from_, &local, now)
             if result < 0:
                 break
             data += step
@@ -995,6 +1089,10 @@ cdef tuple endpoint_value(const endpoint_t *endpoint):
     return unpacked(<const address_t *>endpoint), endpoint.port, endpoint.scope_id
 
 
+cdef double silence(uint64_t now, uint64_t heard) noexcept:
+    return (now - heard) / 1e9 if now > heard else 0.0
+
+
 cdef class PeerTable:
     """The peers of one tunnel, shared by its workers. Methods may be called from any thread.
 
@@ -1098,6 +1196,7 @@ cdef class PeerTable:
                 self.t.peers[0].next = -1
             elif not same_endpoint(&self.t.peers[0].endpoint, &endpoint):
                 self.t.peers[0].framing = FRAMING_AUTO
+                self.t.peers[0].heard_ns = 0
             self.t.peers[0].endpoint = endpoint
             self.t.peers[0].address = address
         finally:
@@ -1139,8 +1238,7 @@ cdef class PeerTable:
                     "addresses": [],
                     "inbound_packets": peer.inbound_packets, "inbound_bytes": peer.inbound_bytes,
                     "outbound_packets": peer.outbound_packets, "outbound_bytes": peer.outbound_bytes,
-                    "silent_s": None if peer.heard_ns == 0 else
-                                (now - peer.heard_ns if now > peer.heard_ns else 0) / 1e9,
+                    "silent_s": silence(now, max(peer.heard_ns, peer.kept_ns)) if peer.heard_ns else None,
                 }
             for i in range(self.t.entry_capacity if self.t.entry_count else 0):
                 if self.t.entries[i].used and self.t.entries[i].peer in found:
@@ -1181,14 +1279,16 @@ cdef class PeerTable:
         """
         cdef endpoint_t from_
         cdef address_t source
+        cdef address_t local
         cdef check_t check
         cdef bint news = False
         cdef int32_t peer
+        memset(&local, 0, sizeof(address_t))
         set_endpoint_value(&from_, endpoint)
         set_address(&source, address)
         check.wanted = False
         self.acquire()
-        peer = admit(self.t, &from_, &source, FRAMING_CODES[framing], at_ns, &check, &news)
+        peer = admit(self.t, &from_, &local, &source, FRAMING_CODES[framing], at_ns, &check, &news)
         self.release()
         if not check.wanted:
             return peer, None
@@ -1227,12 +1327,14 @@ cdef class Engine:
     TUN before they are sent; 1 is one packet a call. udp_gso, udp_gro: the offload is there and wanted
     (UDP_GRO is already set on the socket). vnet_header: the TUN has IFF_VNET_HDR with headers of 10 bytes;
     join_udp: it also takes joined UDP (TUN_F_USO). connected: the socket is connected, its peer the only one.
-    busy_poll_us: microseconds of looking for packets before each sleep, 0 for none.
+    busy_poll_us: microseconds of looking for packets before each sleep, 0 for none. sticky: the socket tells
+    the address that a datagram came to (IP_PKTINFO), and the answers leave from there. name: for errors.
     `run()` once, from one thread; `stop()` and `counters()` from any.
     """
 
     cdef worker_t *w
     cdef readonly PeerTable table
+    cdef str name
     cdef int state
 
     def __cinit__(self):
@@ -1241,7 +1343,8 @@ cdef class Engine:
 
     def __init__(self, PeerTable table not None, *, int tun_fd, int udp_fd, int mtu=1500,
                  int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
-                 bint join_udp=False, bint connected=False, int busy_poll_us=0):
+                 bint join_udp=False, bint connected=False, int busy_poll_us=0,
+                 bint sticky=False, str name="tunnel"):
         cdef int i
         cdef worker_t *w
         if self.w != NULL:
@@ -1266,6 +1369,8 @@ cdef class Engine:
         w.gso = udp_gso
         w.gro = udp_gro
         w.vnet = vnet_header
+        w.sticky = sticky
+        self.name = name
         w.busy_poll_ns = <uint64_t>busy_poll_us * 1000
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
@@ -1300,7 +1405,7 @@ cdef class Engine:
             w.receive_messages[i].msg_hdr.msg_iov = &w.receive_vectors[i]
             w.receive_messages[i].msg_hdr.msg_iovlen = 1
             w.receive_messages[i].msg_hdr.msg_name = NULL if connected else w.receive_names[i].bytes
-            w.receive_messages[i].msg_hdr.msg_control = w.receive_controls + i * CONTROL if udp_gro else NULL
+            w.receive_messages[i].msg_hdr.msg_control = w.receive_controls + i * CONTROL
         for i in range(table.t.own_count):
             if is_mapped_ipv4(table.t.own[i].high, table.t.own[i].low):
                 if not w.has_own4:
@@ -1356,7 +1461,7 @@ cdef class Engine:
             abandon(w)
             tell(w.notify_fd)
         if result < 0:
-            raise DeviceError("forward", "tunnel", -result, _dead_hint(-result))
+            raise DeviceError("forward through", self.name, -result, _dead_hint(-result))
 
     def stop(self):
         """Makes `run()` return soon; before `run()`, makes it return at once. Any thread, any number of times."""

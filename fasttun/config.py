@@ -68,7 +68,7 @@ class TunnelConfig:
         settle.set("address", _parse_all("address", self.address, _interface))
         settle.set("route", _parse_all("route", self.route, _network))
         settle.set("allow", _parse_all("allow", self.allow, _network))
-        if self.mtu == "auto":
+        if self.mtu == "auto":  # type: ignore[comparison-overlap]
             settle.set("mtu", None)
         if self.mtu is not None:
             settle.integer("mtu", MIN_MTU, MAX_MTU, "bytes, or auto")

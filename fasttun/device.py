@@ -90,8 +90,10 @@ _RT_TABLE_MAIN = 254
 _RT_SCOPE_LINK = 253
 _RTN_UNICAST = 1
 _RTN_LOCAL = 2
+_RTPROT_KERNEL = 2
 _RTNH_F_ONLINK = 4
 _IFA_F_NODAD = 0x02
+_IFA_F_SETTABLE = _IFA_F_NODAD | 0x100 | 0x200  # MANAGETEMPADDR, NOPREFIXROUTE
 
 _IPV6_MIN_MTU = 1280  # RFC 8200 §5; below it Linux takes IPv6 off the device (net/ipv6/addrconf.c)
 
@@ -485,7 +487,10 @@ class TunDevice:
     def _state(self, ipr: Any) -> _Before:
         return _Before(
             addresses=list(ipr.get_addr(index=self.index)),
-            routes=[route for route in ipr.get_routes() if _oif(route) == self.index],
+            # Those of protocol kernel come and go with the addresses, some a moment later.
+            routes=[
+                route for route in ipr.get_routes() if _oif(route) == self.index and route["proto"] != _RTPROT_KERNEL
+            ],
         )
 
     def _undo_to(self, mark: int) -> None:
@@ -521,7 +526,8 @@ class TunDevice:
         """
         now = self._state(ipr)
         known = {_address_key(message) for message in before.addresses}
-        for message in now.addresses:
+        renewed = any(message["scope"] == _RT_SCOPE_LINK for message in before.addresses)
+        for message in now.addresses if renewed else ():
             if message["scope"] == _RT_SCOPE_LINK and _address_key(message) not in known:
                 interface = _interface_of(message)
                 self._attempt(
@@ -645,10 +651,8 @@ def _replay_address(ipr: Any, message: Any) -> None:
             spec[key] = message.get(name)
     if message.get("IFA_LABEL") is not None:
         spec["label"] = message.get("IFA_LABEL")
-    # No duplicate detection a second time; NOPREFIXROUTE and MANAGETEMPADDR as they were, states left out.
-    kept = int(message.get("IFA_FLAGS") or message["flags"]) & 0x302
-    if message["family"] == socket.AF_INET6:
-        kept |= _IFA_F_NODAD
+    # What the kernel takes from outside; the other flags are its own marks.
+    kept = int(message.get("IFA_FLAGS") or message["flags"]) & _IFA_F_SETTABLE
     times = message.get("IFA_CACHEINFO")
     if times and times["ifa_valid"] != 0xFFFFFFFF:
         spec |= {"preferred_lft": times["ifa_preferred"], "valid_lft": times["ifa_valid"]}

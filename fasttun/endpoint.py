@@ -17,7 +17,7 @@ from typing import Any
 
 from .errors import EndpointError
 
-__all__ = ["SOCKET_BUFFER", "Endpoint", "open_udp", "resolve"]
+__all__ = ["SOCKET_BUFFER", "Endpoint", "open_udp", "resolve", "tell_local_address"]
 
 SOCKET_BUFFER = 7 << 20
 """Bytes asked for each direction. The default (208 KiB) is full after three coalesced reads."""
@@ -26,6 +26,8 @@ SOCKET_BUFFER = 7 << 20
 _IP_MTU_DISCOVER = 10
 _IPV6_MTU_DISCOVER = 23
 _PMTUDISC_WANT = 1
+_IP_PKTINFO = 8
+_IPV6_RECVPKTINFO = 49
 # asm-generic/socket.h
 _SO_SNDBUFFORCE = 32
 _SO_RCVBUFFORCE = 33
@@ -189,6 +191,17 @@ def _open(family: int, local: Endpoint | None, port: int, reuse_port: bool) -> s
         sock.close()
         raise
     return sock
+
+
+def tell_local_address(sock: socket.socket) -> bool:
+    """Makes `sock` report the local address of each datagram (IP_PKTINFO); False for other families."""
+    if sock.family == socket.AF_INET6:
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+    elif sock.family == socket.AF_INET:
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+    else:
+        return False
+    return True
 
 
 def _enlarge_buffers(sock: socket.socket) -> None:

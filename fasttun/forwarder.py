@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import ipaddress
 import logging
+import math
 import os
 import select
 import socket
@@ -22,8 +24,8 @@ from typing import TYPE_CHECKING, Any
 from . import offload
 from ._core import OFFLOAD_NAMES, Engine, PeerTable
 from .config import DEFAULT_DEVICE, DEFAULT_PORT, Interface, Network, TunnelConfig
-from .endpoint import Endpoint, open_udp, resolve
-from .errors import ConfigurationError, EndpointError, FasttunError, StateError
+from .endpoint import Endpoint, open_udp, resolve, tell_local_address
+from .errors import ConfigurationError, DeviceError, EndpointError, FasttunError, StateError
 from .mtu import inner_mtu, path_mtu
 from .plain.greeting import Greeter
 from .stats import DirectionStats, PeerStats, Stats
@@ -40,6 +42,8 @@ log = logging.getLogger("fasttun")
 BURST_PACKETS = 64
 ETHERNET_MTU = 1500
 EXPIRE_EVERY_S = 15.0
+RESOLVER_PATIENCE_S = 1.0
+"""How long `stop()` waits for a resolver that does not answer; its thread then ends by itself."""
 
 Addresses = str | Interface | Iterable[str | Interface]
 Networks = str | Network | Iterable[str | Network]
@@ -111,6 +115,7 @@ class Forwarder:
         self._ended = threading.Event()
         self._on_end: list[Callable[[], object]] = []
         self._state = "new"
+        self._stop_asked = False
         self._error: FasttunError | None = None
         self._undo = contextlib.ExitStack()
         self._sockets: list[socket.socket] = []
@@ -119,6 +124,7 @@ class Forwarder:
         self._watcher: threading.Thread | None = None
         self._wake = -1
         self._resolve_asked = False
+        self._resolvable = False
         self._offloads: dict[str, str] = {}
         self._started_at = 0.0
         self._table: PeerTable | None = None
@@ -137,33 +143,50 @@ class Forwarder:
         try:
             self._set_up()
         except BaseException:
-            self._state = "closed"
-            self._undo.close()
-            self._finish()
+            self._tear_down()
             raise
+        with self._lock:
+            stop_asked, self._state = self._stop_asked, "running"
+        if stop_asked:
+            self.stop()
 
     def stop(self) -> None:
-        """Ends forwarding and puts back devices, addresses and routes. May be called twice, from any thread."""
+        """Ends forwarding and puts back devices, addresses and routes. May be called twice, from any thread.
+
+        While another thread is inside `start()` it returns at once; that `start()` then ends the tunnel.
+        """
         with self._lock:
-            if self._state in ("new", "closed", "closing"):
-                if self._state == "new":
-                    self._state = "closed"
-                    self._ended.set()
+            if self._state == "new":
+                self._state = "closed"
+                self._ended.set()
+            if self._state == "starting":
+                self._stop_asked = True
+            if self._state != "running":
                 return
             self._state = "closing"
-        for engine in self._engines:
-            engine.stop()
-        here = threading.current_thread()
-        for thread in self._threads:
-            if thread is not here:
-                thread.join()
-        self._wake_watcher()
-        if self._watcher is not None and self._watcher is not here:
-            self._watcher.join()
-        self._final = self.stats()
-        self._undo.close()
-        self._state = "closed"
-        self._finish()
+        self._tear_down()
+
+    def _tear_down(self) -> None:
+        """Ends the threads that there are and undoes what was set up; then everyone who waits is told."""
+        self._state = "closing"
+        try:
+            for engine in self._engines:
+                engine.stop()
+            here = threading.current_thread()
+            for thread in self._threads:
+                if thread is not here:
+                    thread.join()
+            self._wake_watcher()
+            if self._watcher is not None and self._watcher is not here:
+                self._watcher.join(RESOLVER_PATIENCE_S)
+            self._final = self.stats()
+            self._engines, self._table = [], None  # their memory and descriptors
+        finally:
+            try:
+                self._undo.close()
+            finally:
+                self._state = "closed"
+                self._finish()
 
     close = stop
 
@@ -187,6 +210,8 @@ class Forwarder:
 
     async def wait_closed(self) -> None:
         """As `wait()`, without blocking the event loop."""
+        if self._state == "new":
+            raise StateError("the tunnel was not started")
         loop = asyncio.get_running_loop()
         future: asyncio.Future[None] = loop.create_future()
 
@@ -216,7 +241,13 @@ class Forwarder:
         self.stop()
 
     async def __aenter__(self) -> Forwarder:
-        await asyncio.to_thread(self.start)
+        starting = asyncio.ensure_future(asyncio.to_thread(self.start))
+        try:
+            await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            self.stop()  # start() goes on in its thread, and ends by itself
+            starting.add_done_callback(lambda done: done.cancelled() or done.exception())
+            raise
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, value: BaseException | None,
@@ -237,28 +268,35 @@ class Forwarder:
         servers = resolve(config.server, config.port) if config.server is not None else []
         connected = self._open_sockets(servers)
         family = self._sockets[0].family
-        if servers:
+        if connected:
+            servers = _connected_peer(self._sockets[0])
+        elif servers:
             servers = self._reachable(servers, family)
         if not self.mtu:
             self.mtu = self._derive_mtu(servers, family)
         tun_fds = self._open_device(servers)
         own = self._own_addresses()
         self._table = PeerTable(
-            family=int(family), fixed=not config.listen, framing=config.framing, allow=config.allow, own=own)
+            family=int(family), fixed=connected or not config.listen, framing=config.framing,
+            allow=config.allow, own=own)
         if servers:
             first = servers[0]
             self._table.set_server(first.host, first.port, first.scope_id)
-            self._greeter = Greeter(servers, time.monotonic(), resolvable=not _is_literal(config.server))
+            self._resolvable = not connected and not _is_literal(config.server)
+            self._greeter = Greeter(servers, time.monotonic(), resolvable=self._resolvable)
         elif connected:
             self._table.set_server(ipaddress.IPv6Address(0), 0)
         for tun_fd, sock in zip(tun_fds, self._sockets, strict=True):
             self._offloads = offload.enable_udp(
                 sock, gso=config.udp_gso and config.batch, gro=config.udp_gro and config.batch)
+            if config.udp_fd is not None and self._offloads["udp-gro"] == offload.ON:
+                self._undo.callback(offload.disable_gro, sock)
             self._engines.append(Engine(
                 self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
                 burst_packets=BURST_PACKETS if config.batch else 1, busy_poll_us=config.busy_poll_us,
+                sticky=self._sticky(sock), name=self.device.name if self.device else "descriptor",
                 vnet_header=self.device is not None and self.device.vnet_header,
-                join_udp=self.device is not None and {"uso4", "uso6"} <= self.device.offloads,
+                join_udp=self.device is not None and "uso" in self.device.offloads,
                 udp_gso=self._offloads["udp-gso"] == offload.ON,
                 udp_gro=self._offloads["udp-gro"] == offload.ON))
         self._offloads["tun"] = self._tun_offload()
@@ -268,7 +306,6 @@ class Forwarder:
         if self._before_threads is not None:
             self._before_threads()
         self._started_at = time.monotonic()
-        self._state = "running"
         for number, engine in enumerate(self._engines):
             thread = threading.Thread(target=self._work, args=(engine,), name=f"fasttun-{number}", daemon=True)
             self._threads.append(thread)
@@ -280,7 +317,7 @@ class Forwarder:
         """Fills `self._sockets`, one a worker; whether they are connected to the only peer."""
         config = self.config
         if config.udp_fd is not None:
-            sock = self._keep(socket.socket(fileno=os.dup(config.udp_fd)))
+            sock = self._keep(_borrow_socket(config.udp_fd))
             self._sockets.append(sock)
             try:
                 sock.getpeername()
@@ -292,13 +329,8 @@ class Forwarder:
                 return False
             return True
         port = config.port if config.listen else 0
-        if config.bind is not None:
-            family = socket.AF_INET6 if ipaddress.ip_address(config.bind.split("%")[0]).version == 6 \
-                else socket.AF_INET
-        elif servers and all(server.host.version == 4 for server in servers):
-            family = socket.AF_INET
-        else:
-            family = socket.AF_INET6
+        only_v4 = config.bind is None and servers and all(server.host.version == 4 for server in servers)
+        family = socket.AF_INET if only_v4 else socket.AF_UNSPEC
         for _ in range(config.workers):
             sock = self._keep(open_udp(bind=config.bind, port=port, family=family,
                                        reuse_port=config.workers > 1))
@@ -314,7 +346,7 @@ class Forwarder:
             if family == socket.AF_INET and server.host.version == 6:
                 continue
             try:
-                path_mtu(server.host)
+                path_mtu(server.host, server.scope_id)
             except EndpointError as unreachable:
                 error = error or unreachable
             else:
@@ -331,7 +363,7 @@ class Forwarder:
         framing = "pi" if config.framing == "pi" else "raw"
         if servers:
             host = servers[0].host
-            return inner_mtu(path_mtu(host), host.version, framing)
+            return inner_mtu(path_mtu(host, servers[0].scope_id), host.version, framing)
         if config.bind is not None:
             host = ipaddress.ip_address(config.bind.split("%")[0])
             if not host.is_unspecified:
@@ -341,7 +373,10 @@ class Forwarder:
     def _open_device(self, servers: list[Endpoint]) -> tuple[int, ...]:
         config = self.config
         if config.tun_fd is not None:
-            fd = os.dup(config.tun_fd)
+            try:
+                fd = os.dup(config.tun_fd)
+            except OSError as error:
+                raise DeviceError("use", f"tun_fd {config.tun_fd}", error.errno or errno.EBADF) from error
             self._undo.callback(os.close, fd)
             if os.get_blocking(fd):
                 os.set_blocking(fd, False)
@@ -358,6 +393,12 @@ class Forwarder:
         for server in servers:
             self._pin(server)
         return device.fds
+
+    def _sticky(self, sock: socket.socket) -> bool:
+        """A listener on all addresses answers from the one that was asked."""
+        if not self.config.listen or self.config.bind is not None:
+            return False
+        return tell_local_address(sock)
 
     def _tun_offload(self) -> str:
         if self.device is None:
@@ -403,7 +444,7 @@ class Forwarder:
             self._fail(StateError(f"the loop ended: {error!r}"))
 
     def _fail(self, error: FasttunError) -> None:
-        if self._state == "running" and self._error is None:
+        if self._state in ("starting", "running") and self._error is None:
             self._error = error
             for engine in self._engines:
                 engine.stop()
@@ -415,7 +456,10 @@ class Forwarder:
         assert table is not None
         known_server = False
         expire_at = time.monotonic() + EXPIRE_EVERY_S
-        while self._state == "running" and not self._ended.is_set():
+        poll = select.poll()  # select() takes no descriptor above 1023
+        poll.register(table.notify_fd, select.POLLIN)
+        poll.register(self._wake, select.POLLIN)
+        while self._state in ("starting", "running") and not self._ended.is_set():
             now = time.monotonic()
             wait = max(0.0, expire_at - now) if self.config.listen else 3600.0
             if self._greeter is not None:
@@ -424,6 +468,8 @@ class Forwarder:
                 self._resolve_asked = False
                 self._take_new_addresses()
                 continue
+            if self._state not in ("starting", "running"):
+                return  # the resolver took its time, and what follows is closed
             if not self.config.listen and not known_server:
                 peers = self.peers
                 known_server = bool(peers) and peers[0].silent_s != float("inf")
@@ -431,11 +477,14 @@ class Forwarder:
                     self._tell_peer(peers[0])
                 else:
                     wait = min(wait, 1.0)
-            ready, _, _ = select.select([table.notify_fd, self._wake], [], [], wait)
-            if self._wake in ready:
+            poll.poll(math.ceil(wait * 1000))
+            with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
-            for kind, endpoint, address, value in table.events():
-                self._take_event(kind, Endpoint(*endpoint), address, value)
+            events = table.events()
+            peers_now = {peer.endpoint: peer for peer in self.peers} if events else {}
+            for kind, value, address, number in events:
+                endpoint = Endpoint(*value)
+                self._take_event(kind, endpoint, address, number, peers_now.get(endpoint))
             if self.config.listen and time.monotonic() >= expire_at:
                 expire_at = time.monotonic() + EXPIRE_EVERY_S
                 forgotten = table.expire()
@@ -446,7 +495,8 @@ class Forwarder:
         with contextlib.suppress(OSError):
             os.eventfd_write(self._wake, 1)
 
-    def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int) -> None:
+    def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int,
+                    peer: PeerStats | None) -> None:
         if kind == "greeted":
             log.debug("the server answers; it sees this host as %s", endpoint)
         elif kind == "offload":
@@ -457,9 +507,8 @@ class Forwarder:
                 log.warning("offload %s is %s; packets go on one by one", name, reason)
         else:
             log.info("peer %s %s %s", address, "is at" if kind == "peer" else "has moved to", endpoint)
-            for peer in self.peers:
-                if peer.endpoint == endpoint:
-                    self._tell_peer(peer)
+            if peer is not None:
+                self._tell_peer(peer)
 
     def _tell_peer(self, peer: PeerStats) -> None:
         if self._on_peer is not None:
@@ -492,11 +541,14 @@ class Forwarder:
             sock.sendto(request, socket.MSG_DONTWAIT, server.sockaddr(sock.family))
 
     def _take_new_addresses(self) -> None:
-        assert self.config.server is not None and self._greeter is not None
+        assert self.config.server is not None
+        assert self._greeter is not None
         try:
             servers = self._reachable(resolve(self.config.server, self.config.port), self._sockets[0].family)
         except FasttunError as error:
             log.warning("%s", error)
+            return
+        if self._state != "running":
             return
         moved = self._greeter.replace(servers, time.monotonic())
         if moved is not None:
@@ -512,8 +564,8 @@ class Forwarder:
         self._table.set_server(server.host, server.port, server.scope_id)
 
     def resolve_again(self) -> None:
-        """Has the server's name resolved again, soon and in a thread of the tunnel. A listener ignores it."""
-        if self._greeter is not None:
+        """Has the server's name resolved again, soon and in a thread of the tunnel. Nothing without a name."""
+        if self._resolvable:
             self._resolve_asked = True
             self._wake_watcher()
 
@@ -533,7 +585,10 @@ class Forwarder:
     @property
     def peers(self) -> tuple[PeerStats, ...]:
         """The peers as they are now: the server, or those that a listener has learned."""
-        return _peers(self._table) if self._table is not None else ()
+        final, table = self._final, self._table
+        if final is not None:
+            return final.peers
+        return _peers(table) if table is not None else ()
 
     def wait_peer(self, timeout: float | None = None) -> PeerStats:
         """Waits until a peer has been heard and returns it. Raises `TimeoutError` after `timeout` seconds."""
@@ -564,6 +619,29 @@ class Forwarder:
             offloads=offloads,
             events_lost=self._table.events_lost if self._table is not None else 0,
         )
+
+
+def _borrow_socket(fd: int) -> socket.socket:
+    """The caller's datagram socket by a descriptor of our own. EndpointError when it is none."""
+    own = -1
+    try:
+        own = os.dup(fd)
+        sock = socket.socket(fileno=own)
+    except OSError as error:
+        if own >= 0:
+            os.close(own)
+        raise EndpointError("use", f"udp_fd {fd}", error.errno or errno.EBADF) from error
+    if sock.type != socket.SOCK_DGRAM:
+        sock.close()
+        raise EndpointError("use", f"udp_fd {fd}", errno.EPROTOTYPE, "give a datagram socket")
+    return sock
+
+
+def _connected_peer(sock: socket.socket) -> list[Endpoint]:
+    """The endpoint that an IP socket is connected to; none for another family's."""
+    if sock.family not in (socket.AF_INET, socket.AF_INET6):
+        return []
+    return [Endpoint.from_sockaddr(sock.getpeername())]
 
 
 def _is_literal(host: str | None) -> bool:

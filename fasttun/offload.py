@@ -5,12 +5,13 @@ Not for: the TUN device's own (fasttun/device.py), or giving one up while packet
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import platform
 import re
 import socket
 
-__all__ = ["ASKED_OFF", "ON", "distrust", "enable_udp", "kernel_version"]
+__all__ = ["ASKED_OFF", "ON", "disable_gro", "distrust", "enable_udp", "kernel_version"]
 
 ON = "on"
 ASKED_OFF = "off: asked for"
@@ -53,6 +54,12 @@ def enable_udp(sock: socket.socket, *, gso: bool, gro: bool) -> dict[str, str]:
     """Probes UDP_SEGMENT and sets UDP_GRO on `sock`; {"udp-gso": …, "udp-gro": …}, each "on" or "off: why"."""
     return {"udp-gso": _try(sock, "udp-gso", UDP_SEGMENT, 0) if gso else ASKED_OFF,
             "udp-gro": _try(sock, "udp-gro", UDP_GRO, 1) if gro else ASKED_OFF}
+
+
+def disable_gro(sock: socket.socket) -> None:
+    """Takes UDP_GRO off a socket that goes on without fasttun; never raises."""
+    with contextlib.suppress(OSError):
+        sock.setsockopt(SOL_UDP, UDP_GRO, 0)
 
 
 def _try(sock: socket.socket, name: str, option: int, value: int) -> str:

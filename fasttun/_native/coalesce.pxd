@@ -32,7 +32,7 @@ from fasttun._native.vnet cimport (
 cdef enum:
     COALESCE_FULL = -1
 
-    # One burst. A coalescer_t is 60 KiB, of which a burst touches what it fills.
+    # One burst. A coalescer_t is 52 KiB, of which a burst touches what it fills.
     COALESCE_MAX_PACKETS = 512
     # A frame has one iovec for the vnet header and one for each packet.
     COALESCE_MAX_IOVECS = 1024

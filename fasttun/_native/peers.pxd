@@ -47,7 +47,11 @@ cdef enum:
 ctypedef struct peer_t:
     endpoint_t endpoint
     sockaddr_t address
+    address_t local
+    # this host's outer address that the peer sends to, and gets its answers from; zero when not known
     uint64_t heard_ns
+    uint64_t kept_ns
+    # last Binding request: it keeps the peer from expiring, but is no word in a contest
     uint64_t first_check_ns
     uint64_t last_check_ns
     uint64_t inbound_packets
@@ -78,6 +82,7 @@ ctypedef struct check_t:
     # A Binding request that the caller must send, once the lock is given back.
     bint wanted
     sockaddr_t to
+    address_t local
     uint8_t[12] transaction
 
 ctypedef struct allowed_t:
@@ -232,8 +237,13 @@ cdef inline void remove_peer(table_t *t, int32_t index) noexcept nogil:
     t.peer_count -= 1
 
 
+cdef inline bint is_older(uint64_t now, uint64_t then, uint64_t age_ns) noexcept nogil:
+    """Whether `then` is more than `age_ns` past; workers' clocks differ by a tick, so `then` may be ahead."""
+    return now > then and now - then > age_ns
+
+
 cdef inline bint is_expired(table_t *t, int32_t peer, uint64_t now) noexcept nogil:
-    return now > t.peers[peer].heard_ns and now - t.peers[peer].heard_ns > t.expiry_ns
+    return is_older(now, t.peers[peer].heard_ns, t.expiry_ns) and is_older(now, t.peers[peer].kept_ns, t.expiry_ns)
 
 
 cdef inline int expire_peers(table_t *t, uint64_t now) noexcept nogil:
@@ -274,14 +284,14 @@ cdef inline uint64_t check_epoch(uint64_t now) noexcept nogil:
     return now >> 32
 
 
-cdef inline void make_check(table_t *t, const endpoint_t *to, int32_t entry, uint64_t now,
-                            check_t *check) noexcept nogil:
+cdef inline void make_check(table_t *t, const endpoint_t *to, const address_t *local, int32_t entry,
+                            uint64_t now, check_t *check) noexcept nogil:
     """Fills `check` unless that endpoint was checked less than a fifth of the patience ago."""
     cdef int32_t bucket
     cdef uint32_t number = <uint32_t>entry
     cdef uint64_t tag
     bucket = <int32_t>(check_tag(t, to, 0, 0) & (CHECK_BUCKETS - 1))
-    if now - t.check_sent_ns[bucket] < t.patience_ns // 5:
+    if not is_older(now, t.check_sent_ns[bucket], t.patience_ns // 5 - 1):
         return
     if not endpoint_to_sockaddr(to, t.family, &check.to):
         return
@@ -289,17 +299,18 @@ cdef inline void make_check(table_t *t, const endpoint_t *to, int32_t entry, uin
     tag = check_tag(t, to, entry, check_epoch(now))
     memcpy(check.transaction, &number, 4)
     memcpy(check.transaction + 4, &tag, 8)
+    check.local = local[0]
     check.wanted = True
 
 
-cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, uint64_t now,
-                         check_t *check) noexcept nogil:
+cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, const address_t *local,
+                         uint64_t now, check_t *check) noexcept nogil:
     """`claimant` sends from an address that another endpoint owns. Ask the owner; if it is mute, ask him."""
     cdef peer_t *owner = &t.peers[t.entries[entry].peer]
-    if now - owner.heard_ns < t.patience_ns:
+    if not is_older(now, owner.heard_ns, t.patience_ns - 1):
         return
     if owner.checks == 0:
-        make_check(t, &owner.endpoint, entry, now, check)
+        make_check(t, &owner.endpoint, &owner.local, entry, now, check)
         if check.wanted:
             owner.checks = 1
             owner.first_check_ns = now
@@ -307,17 +318,18 @@ cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, 
     elif owner.checks < CHECKS_NEEDED:
         if now - owner.last_check_ns < t.patience_ns // 3:
             return
-        make_check(t, &owner.endpoint, entry, now, check)
+        make_check(t, &owner.endpoint, &owner.local, entry, now, check)
         if check.wanted:
             owner.checks += 1
             owner.last_check_ns = now
     elif now - owner.first_check_ns >= t.patience_ns and now - owner.last_check_ns >= t.patience_ns // 3:
-        make_check(t, claimant, entry, now, check)
+        make_check(t, claimant, local, entry, now, check)
 
 
-cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *source, int framing,
-                          uint64_t now, check_t *check, bint *news) noexcept nogil:
-    """The peer to which a packet from `source`, received from `from_`, belongs; or ADMIT_* below zero.
+cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *local,
+                          const address_t *source, int framing, uint64_t now, check_t *check,
+                          bint *news) noexcept nogil:
+    """The peer to which a packet from `source`, received from `from_` at `local`, belongs; or ADMIT_* below 0.
 
     Learns a free address at once. `check.wanted`: a Binding request is to be sent. `news`: set when an
     event was posted.
@@ -333,10 +345,11 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
     if entry >= 0:
         owner = t.entries[entry].peer
         if owner == peer:
+            t.peers[peer].local = local[0]
             heard_from(t, peer, framing, now)
             return peer
         if not is_expired(t, owner, now):
-            contest(t, entry, from_, now, check)
+            contest(t, entry, from_, local, now, check)
             return ADMIT_UNPROVEN
         remove_peer(t, owner)
     if t.entry_free < 0 or (peer < 0 and t.peer_free < 0):
@@ -359,6 +372,7 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
     t.entry_buckets[bucket] = entry
     t.entry_count += 1
     t.peers[peer].addresses += 1
+    t.peers[peer].local = local[0]
     heard_from(t, peer, framing, now)
     return peer
 
@@ -442,10 +456,18 @@ cdef inline bint is_own(const table_t *t, const address_t *a) noexcept nogil:
     return False
 
 
+cdef inline void forget_local(table_t *t, const address_t *local) noexcept nogil:
+    """`local` is no longer an address of this host: answers leave from where the routes say."""
+    cdef int32_t i
+    for i in range(t.peer_capacity):
+        if t.peers[i].used and t.peers[i].local.low == local.low and t.peers[i].local.high == local.high:
+            memset(&t.peers[i].local, 0, sizeof(address_t))
+
+
 cdef inline bint may_answer_stun(table_t *t, uint64_t now) noexcept nogil:
     """A token bucket over all sources: bounds what a flood of requests can make us send."""
     cdef uint64_t step = 1000000000 // STUN_BURST
-    cdef uint64_t gained = (now - t.stun_refill_ns) // step
+    cdef uint64_t gained = (now - t.stun_refill_ns) // step if now > t.stun_refill_ns else 0
     if gained:
         t.stun_tokens = STUN_BURST if gained > STUN_BURST - t.stun_tokens else t.stun_tokens + gained
         t.stun_refill_ns += gained * step

@@ -47,6 +47,10 @@ cdef extern from *:
     enum:
         AF_INET
         AF_INET6
+        IPPROTO_IP
+        IPPROTO_IPV6
+        IP_PKTINFO
+        IPV6_PKTINFO
         SOL_UDP
         UDP_SEGMENT
         UDP_GRO
@@ -64,6 +68,7 @@ cdef extern from *:
 
     # Each errno the loop tells apart.
     enum:
+        EADDRNOTAVAIL
         EAGAIN
         EBADF
         EBADFD
@@ -72,8 +77,10 @@ cdef extern from *:
         EINVAL
         EIO
         EMSGSIZE
+        ENETUNREACH
         ENOBUFS
         ENODEV
+        ENOTCONN
         ENOTSOCK
         EPIPE
         EOPNOTSUPP
@@ -111,6 +118,7 @@ cdef extern from *:
         int cmsg_type
 
     cmsghdr *CMSG_FIRSTHDR(msghdr *) noexcept nogil
+    cmsghdr *CMSG_NXTHDR(msghdr *, cmsghdr *) noexcept nogil
     unsigned char *CMSG_DATA(cmsghdr *) noexcept nogil
     size_t CMSG_LEN(size_t) noexcept nogil
     size_t CMSG_SPACE(size_t) noexcept nogil

@@ -24,6 +24,7 @@ from fasttun.errors import FasttunError
 
 _CLONE_NEWNET = 0x40000000  # linux/sched.h
 _STOP_TIMEOUT_S = 5.0
+_OUTPUT_SHOWN_BYTES = 65_536
 
 
 class HostError(FasttunError):
@@ -31,10 +32,10 @@ class HostError(FasttunError):
 
 
 class Program:
-    """A program that runs in a host until it ends or is stopped; its output goes to a file."""
+    """A program that runs in a host until it ends or is stopped; its output goes to a file without a name."""
 
-    def __init__(self, process: subprocess.Popen[bytes], title: str, log: Path) -> None:
-        self.process, self.title, self.log = process, title, log
+    def __init__(self, process: subprocess.Popen[bytes], title: str, log: BinaryIO) -> None:
+        self.process, self.title, self._log = process, title, log
 
     @property
     def pid(self) -> int:
@@ -44,8 +45,8 @@ class Program:
         return self.process.poll() is None
 
     def output(self) -> str:
-        """All that it has written so far, stdout and stderr together."""
-        return self.log.read_text(errors="replace")
+        """What it has written so far, stdout and stderr together, the first 64 KiB."""
+        return os.pread(self._log.fileno(), _OUTPUT_SHOWN_BYTES, 0).decode(errors="replace")
 
     def check(self) -> None:
         """HostError with the end of its output, unless it still runs."""

@@ -23,6 +23,8 @@ KEEPALIVE_S = 20.0
 SILENCE_S = 45.0
 """Silence of the server after which its name is resolved again: two keepalives lost."""
 RESOLVE_EVERY_S = 30.0
+COARSE_CLOCK_S = 0.05
+"""How far the clock of `silent_s` may be behind that of `now`: a few ticks of the slowest kernel."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Greeter:
 
     def poll(self, now: float, silent_s: float) -> Step:
         """The step due at `now`. silent_s: since the server was last heard, `inf` if never."""
-        if now - silent_s < self._since:
+        if now - silent_s < self._since - COARSE_CLOCK_S:
             silent_s = inf  # it was heard at the address before this one
         heard = silent_s < SILENCE_S
         if heard:

@@ -62,8 +62,19 @@ def routes(ns: Namespace, name: str) -> set[str]:
     return {entry["dst"] for entry in found if not entry["dst"].startswith("fe80")}
 
 
-def persistent(ns: Namespace, *options: str, name: str = "tun0") -> None:
-    ns.ip("tuntap", "add", "dev", name, "mode", "tun", *options)
+def persistent(ns: Namespace, *options: str, up: bool = False) -> None:
+    """tun0, made by hand. `up`: and used once, so that it has the link-local address that the first
+    carrier brings, which stays when the carrier goes.
+    """
+    ns.ip("tuntap", "add", "dev", "tun0", "mode", "tun", *options)
+    if up:
+        ns.up("tun0")
+        with open("/dev/net/tun", "rb+", buffering=0) as queue:
+            flags = 0x1001 | (0x100 if "multi_queue" in options else 0)
+            fcntl.ioctl(queue, device_module.TUNSETIFF, struct.pack("16sH22x", b"tun0", flags))
+            wait_until(lambda: any(entry["scope"] == "link" for entry in link(ns, "tun0")["addr_info"]))
+        wait_until(lambda: "NO-CARRIER" in link(ns, "tun0")["flags"])
+        time.sleep(0.1)
 
 
 # ------------------------------------------------------------------------------------------------ created
@@ -206,11 +217,10 @@ def test_kernel_without_vnet_header_or_queues(host: Namespace, monkeypatch: pyte
 @pytest.mark.parametrize("vnet_header", [False, True])
 @pytest.mark.parametrize("was_up", [False, True])
 def test_attached_device_is_put_back_exactly(host: Namespace, was_up: bool, vnet_header: bool) -> None:
-    persistent(host)
+    persistent(host, up=was_up)
     host.ip("address", "add", "10.9.0.1/24", "dev", "tun0")
     host.ip("address", "add", "fd09::1/64", "dev", "tun0")
     if was_up:
-        host.up("tun0")
         host.ip("route", "add", "10.10.0.0/16", "dev", "tun0", "metric", "7", "mtu", "1300")
         host.ip("route", "add", "fd0a::/32", "dev", "tun0", "table", "55")
     before, open_before = snapshot(host), descriptors()
@@ -230,8 +240,7 @@ def test_attached_device_is_put_back_exactly(host: Namespace, was_up: bool, vnet
 
 
 def test_what_existed_already_stays(host: Namespace) -> None:
-    persistent(host)
-    host.up("tun0")
+    persistent(host, up=True)
     host.ip("address", "add", str(V4), "dev", "tun0")
     host.ip("address", "add", str(V6), "dev", "tun0")
     host.ip("route", "add", "10.8.0.0/16", "dev", "tun0")
@@ -243,8 +252,7 @@ def test_what_existed_already_stays(host: Namespace) -> None:
 
 
 def test_an_mtu_that_turns_ipv6_off_is_put_back_with_its_addresses(host: Namespace) -> None:
-    persistent(host)
-    host.up("tun0")
+    persistent(host, up=True)
     host.ip("address", "add", "fd09::1/64", "dev", "tun0")
     host.ip("route", "add", "fd0b::/64", "dev", "tun0")
     host.ip("route", "add", "fd0a::/32", "via", "fd09::2", "dev", "tun0", "metric", "77")
@@ -314,8 +322,7 @@ def as_nobody(host: Namespace, arguments: str = "mtu=None", *, vnet_header: bool
 
 @pytest.mark.parametrize("vnet_header", [False, True])
 def test_an_ordinary_user_attaches_to_their_own_device(host: Namespace, vnet_header: bool) -> None:
-    persistent(host, "user", str(NOBODY))
-    host.up("tun0")
+    persistent(host, "user", str(NOBODY), up=True)
     host.ip("address", "add", str(V4), "dev", "tun0")
     before = snapshot(host)
     assert as_nobody(host, vnet_header=vnet_header) == f"open False {vnet_header} 1500"
@@ -332,8 +339,7 @@ def test_an_ordinary_user_attaches_to_their_own_device(host: Namespace, vnet_hea
     ],
 )
 def test_an_ordinary_user_is_told_what_needs_root(host: Namespace, arguments: str, command: str) -> None:
-    persistent(host, "user", str(NOBODY))
-    host.up("tun0")
+    persistent(host, "user", str(NOBODY), up=True)
     before = snapshot(host)
     said = as_nobody(host, arguments)
     assert said.startswith(f"{errno.EPERM} ")

@@ -395,9 +395,20 @@ def sweep() -> None:
 
 
 # Values that change by themselves, and the default queue, which Linux attaches at a device's first
-# link up and keeps when it is down again.
+# link up and keeps when it is down again, and the mark of an address that the kernel chose.
 _VOLATILE = frozenset(
-    {"stats", "stats64", "valid_life_time", "preferred_life_time", "cache", "expires", "tentative", "used", "qdisc"}
+    {
+        "stats",
+        "stats64",
+        "valid_life_time",
+        "preferred_life_time",
+        "cache",
+        "expires",
+        "tentative",
+        "used",
+        "qdisc",
+        "stable-privacy",
+    }
 )
 
 

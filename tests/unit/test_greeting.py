@@ -162,7 +162,7 @@ def test_a_new_answer_of_the_resolver_moves_and_greets_at_once():
 def test_an_old_address_that_spoke_does_not_vouch_for_a_new_one():
     w = world(A, answers=lambda endpoint, now: endpoint == A)
     w.run(START + 50)
-    w.heard = w.now - 0.001
+    w.heard = w.now - 0.1
     w.greeter.replace([B], w.now)
     before = len(w.greetings)
     w.run(w.now + 10)
