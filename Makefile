@@ -15,7 +15,7 @@ help:
 	@echo "make build        .venv and the extension, ready to use and to change"
 	@echo "make lint         ruff, mypy, cython-lint, stubtest"
 	@echo "make bench        every tunnel side by side; writes the README's table (needs root, takes long)"
-	@echo "make bench-quick  the same in short, written nowhere"
+	@echo "make bench-quick  the same in short; prints the table, writes nothing but build/"
 	@echo "make sanitize     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make sdist, dist  source distribution; source distribution and wheel, in dist/"
 	@echo "make clean        remove what was built (.venv stays)"
@@ -41,13 +41,19 @@ test:
 	$(PYTHON) -m pytest -n $(JOBS) -m "not alone" $(PYTEST_ARGS) || status=1; \
 	exit $$status
 
+# The loop and its parts (build/bench-loop.json), then the tunnels (bench/results/), the table and the pictures.
 bench:
 	@scripts/bootstrap.sh bench
-	@$(PYTHON) -m bench
+	@mkdir -p build
+	@$(PYTHON) -m pytest bench --benchmark-enable --benchmark-only --benchmark-json build/bench-loop.json
+	@$(PYTHON) -m bench.endtoend
+	@$(PYTHON) -m bench.report
 
 bench-quick:
 	@scripts/bootstrap.sh bench
-	@$(PYTHON) -m bench --quick
+	@mkdir -p build
+	@$(PYTHON) -m bench.endtoend --quick --output build/bench-quick.json
+	@$(PYTHON) -m bench.report --check build/bench-quick.json
 
 sanitize:
 	@scripts/bootstrap.sh test

@@ -134,7 +134,8 @@ def table(results: Results) -> str:
         f"Measured {data['date'][:10]} on {machine['cores']} cores of {machine['cpu']} "
         f"({machine['architecture']}), Linux {data['kernel']}, commit {data['commit'] or 'none'}{changed}: "
         f"two network namespaces, one veth pair, inner MTU {settings['inner_mtu']} (bare veth 1500), "
-        f"medians of {settings['rounds']} round{'s' if settings['rounds'] != 1 else ''} of {settings['seconds']} s with all tunnels in turn."
+        f"medians of {settings['rounds']} round{'s' if settings['rounds'] != 1 else ''} of "
+        f"{settings['seconds']} s with all tunnels in turn."
     ]
     for link in results.links():
         heads = ["", *(column.head for column in shown), "× veth", "× pure Python"]

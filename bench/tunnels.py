@@ -66,9 +66,7 @@ class Tunnel(ABC):
                 f"{self.name}: device {device} on {host.name}",
                 self.check,
             )
-            host.ip(
-                f"addr add {address}/{INNER_PREFIX} dev {device}", f"link set {device} mtu {INNER_MTU} up"
-            )
+            host.ip(f"addr add {address}/{INNER_PREFIX} dev {device}", f"link set {device} mtu {INNER_MTU} up")
 
 
 def wait_for(
@@ -210,14 +208,12 @@ class Fastd(Tunnel):
         keys = [_fastd_keys() for _ in hosts]
         for here, host in enumerate(hosts):
             other = hosts[1 - here]
-            configuration = host.directory / "fastd.conf"
-            configuration.write_text(
+            configuration = host.file(
                 f'log level warn;\nmode tun;\ninterface "tun0";\nmtu {INNER_MTU};\nmethod "null";\n'
                 f'bind {host.outer}:10000;\nsecret "{keys[here][0]}";\n'
                 f'peer "other" {{\n  key "{keys[1 - here][1]}";\n  remote {other.outer}:10000;\n}}\n'
             )
-            configuration.chmod(0o600)
-            self.programs.append(host.start("fastd", "--config", str(configuration)))
+            self.programs.append(host.start("fastd", "--config", configuration))
         self._device_up(hosts, "tun0")
 
 
@@ -289,24 +285,20 @@ class WireGuardGo(Tunnel):
         private = [_output("wg", "genkey") for _ in hosts]
         public = [_output("wg", "pubkey", stdin=key) for key in private]
         for here, host in enumerate(hosts):
-            configuration = host.directory / "wg.conf"
-            configuration.write_text(
+            configuration = host.file(
                 f"[Interface]\nPrivateKey = {private[here]}\nListenPort = 51820\n[Peer]\n"
                 f"PublicKey = {public[1 - here]}\nAllowedIPs = 0.0.0.0/0\n"
                 f"Endpoint = {hosts[1 - here].outer}:51820\n"
             )
-            configuration.chmod(0o600)
             self.programs.append(
-                host.start(
-                    self.binary, "--foreground", devices[here], title=self.name, env={"LOG_LEVEL": "error"}
-                )
+                host.start(self.binary, "--foreground", devices[here], title=self.name, env={"LOG_LEVEL": "error"})
             )
             wait_for(
                 Path(f"/var/run/wireguard/{devices[here]}.sock").exists,
                 f"{self.name}: its control socket",
                 self.check,
             )
-            host.run("wg", "setconf", devices[here], str(configuration))
+            host.run("wg", "setconf", devices[here], configuration)
             host.ip(
                 f"addr add {INNER[here]}/{INNER_PREFIX} dev {devices[here]}",
                 f"link set {devices[here]} mtu {INNER_MTU} up",

@@ -184,6 +184,8 @@ class TunDevice:
         self._restore = restore
         self._undo: list[_Step] = []
         self._before: _Before | None = None
+        # An owner who attached without root can put the flags back without root.
+        self._opened_by_root = os.geteuid() == 0
         self._closed = False
         self._lock = threading.Lock()
 
@@ -248,7 +250,9 @@ class TunDevice:
         """Whether `close` needs CAP_NET_ADMIN to put back what was changed (a created device does not)."""
         if self._closed:
             return False
-        return self._restore is not None or any(step.elsewhere or not self.created for step in self._undo)
+        if self._restore is not None and self._opened_by_root:
+            return True
+        return any(step.elsewhere or not self.created for step in self._undo)
 
     def mtu(self) -> int:
         """Bytes, as the kernel has it now. DeviceError (ENODEV) when the device is gone."""

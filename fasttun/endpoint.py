@@ -142,8 +142,8 @@ def open_udp(*, bind: str | None, port: int, family: int, reuse_port: bool = Fal
 
     `bind`: IPv4 or IPv6 literal (with %scope), or None for every address of this host.
     `port`: 0 = one the kernel chooses. `reuse_port`: several sockets share the port (SO_REUSEPORT).
-    `family`: AF_INET or AF_INET6, bind's own when given. AF_INET6 without `bind` takes IPv4 too, and
-    becomes AF_INET where the kernel has no IPv6: read `.family` of what comes back.
+    `family`: AF_INET, AF_INET6, or AF_UNSPEC for bind's own. AF_INET6 and AF_UNSPEC without `bind` take IPv4
+    too, and become AF_INET where the kernel has no IPv6: read `.family` of what comes back.
     Datagrams above the path MTU are fragmented here, others carry DF (IP_PMTUDISC_WANT).
     """
     subject = f"{f'[{bind}]' if bind and ':' in bind else bind or '*'}:{port}"
@@ -153,13 +153,17 @@ def open_udp(*, bind: str | None, port: int, family: int, reuse_port: bool = Fal
         if local is None:
             raise EndpointError("bind", subject, errno.EINVAL, "give an address of this host", "not an IP address")
         bind_family = socket.AF_INET6 if local.host.version == 6 else socket.AF_INET
-        if family != bind_family:
+        if family == socket.AF_UNSPEC:
+            family = bind_family
+        elif family != bind_family:
             raise EndpointError(
                 "bind",
                 subject,
                 errno.EAFNOSUPPORT,
                 "bind to an address of the server's family (IPv4 or IPv6)",
             )
+    elif family == socket.AF_UNSPEC:
+        family = socket.AF_INET6
     try:
         try:
             return _open(family, local, port, reuse_port)

@@ -492,8 +492,9 @@ class Forwarder:
                     log.info("%d silent peer(s) forgotten", forgotten)
 
     def _wake_watcher(self) -> None:
-        with contextlib.suppress(OSError):
-            os.eventfd_write(self._wake, 1)
+        if self._wake >= 0:
+            with contextlib.suppress(OSError):
+                os.eventfd_write(self._wake, 1)
 
     def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int,
                     peer: PeerStats | None) -> None:

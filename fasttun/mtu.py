@@ -53,7 +53,8 @@ def inner_mtu(path_mtu: int, outer_version: int, framing: str) -> int:
 def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0) -> int:
     """Bytes: the MTU of today's route to `host`, with what path MTU discovery has learnt. Sends nothing.
 
-    `scope_id`: interface index for a link-local host. EndpointError (ENETUNREACH) when there is no route.
+    `scope_id`: interface index for a link-local host without %scope. EndpointError (ENETUNREACH) when
+    there is no route.
     """
     host = ip_address(host)
     if isinstance(host, IPv6Address) and host.ipv4_mapped is not None:
@@ -64,12 +65,18 @@ def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0) -> int:
                 probe.connect((str(host), _DISCARD_PORT))
                 return probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
-            probe.connect((str(host), _DISCARD_PORT, 0, scope_id))
+            # Given a tuple, Python ignores a %scope in the text.
+            probe.connect((str(host), _DISCARD_PORT, 0, scope_id or _scope_id(host)))
             return probe.getsockopt(socket.IPPROTO_IPV6, _IPV6_MTU)
     except OSError as error:
         raise EndpointError(
-            "find the path MTU to", str(host), error.errno or errno.EIO, _route_hint(error.errno, host)
+            "find the path MTU to", str(host), error.errno or errno.ENODEV, _route_hint(error.errno, host)
         ) from error
+
+
+def _scope_id(host: IPv6Address) -> int:
+    scope = host.scope_id or "0"
+    return int(scope) if scope.isdecimal() else socket.if_nametoindex(scope)
 
 
 def address_mtu(host: IPv4Address | IPv6Address) -> int:

@@ -17,7 +17,7 @@ for stub in fasttun/*.pyi; do
     [ -e "$stub" ] && stubbed+=("fasttun.$(basename "$stub" .pyi)")
 done
 
-check ruff ruff check --quiet .
+check ruff ruff check --quiet --output-format concise .
 check mypy mypy
 check cython-lint cython-lint fasttun
 if [ ${#stubbed[@]} -gt 0 ]; then

@@ -15,10 +15,9 @@ import os
 import shutil
 import signal
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from typing import BinaryIO
 
 from fasttun.errors import FasttunError
 
@@ -52,9 +51,7 @@ class Program:
         """HostError with the end of its output, unless it still runs."""
         if not self.running():
             last = " | ".join(self.output().strip().splitlines()[-3:])
-            raise HostError(
-                f"{self.title} ended with status {self.process.returncode}: {last or 'no output'}"
-            )
+            raise HostError(f"{self.title} ended with status {self.process.returncode}: {last or 'no output'}")
 
     def stop(self) -> int:
         """Asks with SIGTERM, insists with SIGKILL after 5 s; the exit status. May be called again."""
@@ -68,15 +65,15 @@ class Program:
 
 
 class Host:
-    """One network namespace; `directory` is for files of its programs and goes with the hosts.
+    """One network namespace and the programs in it.
 
     Start programs from the main thread: they die with the thread that started them.
     """
 
-    def __init__(self, name: str, outer: str, directory: Path) -> None:
+    def __init__(self, name: str, outer: str) -> None:
         self.name, self.outer = name, outer
-        self.directory = directory
         self._programs: list[Program] = []
+        self._files: list[BinaryIO] = []
         self._namespace_fd = _new_network_namespace()
         self.namespace = f"/proc/{os.getpid()}/fd/{self._namespace_fd}"
 
@@ -109,24 +106,33 @@ class Host:
         """`ip` commands without the word ip, in order, as one batch; the first failure is a HostError."""
         self.run("ip", "-batch", "-", stdin="\n".join(lines) + "\n")
 
-    def start(
-        self, *arguments: str, title: str | None = None, env: Mapping[str, str] | None = None
-    ) -> Program:
+    def start(self, *arguments: str, title: str | None = None, env: Mapping[str, str] | None = None) -> Program:
         """Starts a program that `close` will stop; its output goes to a file of its own."""
         title = title or os.path.basename(arguments[0])
-        log = self.directory / f"{len(self._programs)}-{title}.log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                self.command(arguments),
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env={**os.environ, **(env or {})},
-            )
+        log = self._file()
+        process = subprocess.Popen(
+            self.command(arguments),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env={**os.environ, **(env or {})},
+        )
         program = Program(process, f"{title} on {self.name}", log)
         self._programs.append(program)
         return program
+
+    def file(self, text: str) -> str:
+        """The path of a file in memory that holds `text`, for programs in this host until `close`."""
+        file = self._file()
+        file.write(text.encode())
+        file.flush()
+        return f"/proc/{os.getpid()}/fd/{file.fileno()}"
+
+    def _file(self) -> BinaryIO:
+        file = os.fdopen(os.memfd_create("fasttun"), "w+b")
+        self._files.append(file)
+        return file
 
     def popen(self, *arguments: str) -> subprocess.Popen[str]:
         """Starts a program whose stdout is a pipe of text lines; the caller stops it."""
@@ -144,6 +150,9 @@ class Host:
         for program in reversed(self._programs):
             program.stop()
         self._programs.clear()
+        for file in self._files:
+            file.close()
+        self._files.clear()
         if self._namespace_fd >= 0:
             os.close(self._namespace_fd)
             self._namespace_fd = -1
@@ -163,12 +172,9 @@ def two_hosts(
     """
     requirements()
     with contextlib.ExitStack() as stack:
-        directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fasttun-")))
         hosts = []
         for name, address in zip(names, outer, strict=True):
-            own = directory / name
-            own.mkdir()
-            host = Host(name, address, own)
+            host = Host(name, address)
             stack.callback(host.close)
             hosts.append(host)
         left, right = hosts

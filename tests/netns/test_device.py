@@ -89,6 +89,8 @@ def test_created_device_carries_packets_and_vanishes(host: Namespace) -> None:
         assert addresses(host, "tun0") == {"10.7.0.1/24", "fd07::1/64"}
         assert routes(host, "tun0") == {"10.7.0.0/24", "10.8.0.0/16", "fd07::/64", "fd08::/32"}
         assert link(host, "tun0")["mtu"] == device.mtu() == 1400
+        (six,) = (entry for entry in link(host, "tun0")["addr_info"] if entry["local"] == "fd07::1")
+        assert six["nodad"]
         assert {V4, V6} <= set(device.addresses())
         assert not device.needs_admin_to_close
         (fd,) = device.fds
@@ -325,7 +327,7 @@ def test_an_ordinary_user_attaches_to_their_own_device(host: Namespace, vnet_hea
     persistent(host, "user", str(NOBODY), up=True)
     host.ip("address", "add", str(V4), "dev", "tun0")
     before = snapshot(host)
-    assert as_nobody(host, vnet_header=vnet_header) == f"open False {vnet_header} 1500"
+    assert as_nobody(host, vnet_header=vnet_header) == "open False False 1500"
     assert as_nobody(host, "mtu=1500, addresses=['10.7.0.1/24']", vnet_header=vnet_header).startswith("open")
     assert_unchanged(host, before)
 

@@ -19,8 +19,18 @@ from dataclasses import dataclass, field
 from fasttun import Forwarder, Stats
 
 __all__ = [
-    "COOKIE", "Client", "Pipe", "assert_balanced", "bind_udp", "descriptors", "ip_packet", "pi", "settled",
-    "stun_request", "stun_success", "threads",
+    "COOKIE",
+    "Client",
+    "Pipe",
+    "assert_balanced",
+    "bind_udp",
+    "descriptors",
+    "ip_packet",
+    "pi",
+    "settled",
+    "stun_request",
+    "stun_success",
+    "threads",
 ]
 
 COOKIE = b"\x21\x12\xa4\x42"
@@ -61,8 +71,7 @@ def stun_success(transaction: bytes, mapped: tuple[str, int] | None = None) -> b
         host = ipaddress.ip_address(mapped[0])
         mask = COOKIE + transaction
         value = bytes(a ^ b for a, b in zip(host.packed, mask, strict=False))
-        body = struct.pack("!HHBBH", 0x20, 4 + len(value), 0, 1 if host.version == 4 else 2,
-                           mapped[1] ^ 0x2112) + value
+        body = struct.pack("!HHBBH", 0x20, 4 + len(value), 0, 1 if host.version == 4 else 2, mapped[1] ^ 0x2112) + value
     return struct.pack("!HH", 0x101, len(body)) + COOKIE + transaction + body
 
 
