@@ -72,7 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if result["samples"]:
             given.output.write_text(json.dumps(result, indent=1) + "\n")
             print(f"bench: wrote {given.output}", file=sys.stderr)
-    return 1 if result["failures"] else 0
+    # A peer that failed is a row of the report; fasttun's own failure is the run's.
+    return int(any(failure["tunnel"].startswith("fasttun") for failure in result["failures"]))
 
 
 def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,9 +81,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="rounds (default 3)")
     parser.add_argument("--seconds", type=int, help="length of each TCP and UDP measure (default 2)")
     parser.add_argument("--only", default="", metavar="NAMES", help="tunnels, by comma")
-    parser.add_argument(
-        "--measures", default=",".join(MEASURES), metavar="NAMES", help=f"of {','.join(MEASURES)}"
-    )
+    parser.add_argument("--measures", default=",".join(MEASURES), metavar="NAMES", help=f"of {','.join(MEASURES)}")
     parser.add_argument("--links", default=",".join(LINKS), metavar="NAMES", help=f"of {','.join(LINKS)}")
     parser.add_argument("--congestion", default="cubic,bbr", metavar="NAMES", help="TCP congestion controls")
     parser.add_argument(
@@ -92,9 +91,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="PATH",
         help="one more wireguard-go executable; may be given several times",
     )
-    parser.add_argument(
-        "--quick", action="store_true", help="one round of one second, one kind of link, cubic only"
-    )
+    parser.add_argument("--quick", action="store_true", help="one round of one second, one kind of link, cubic only")
     parser.add_argument("--output", type=Path, help="default: bench/results/DATE.json")
     given = parser.parse_args(arguments)
     given.rounds = given.rounds or (1 if given.quick else 3)
@@ -185,6 +182,7 @@ def _one(
 ) -> None:
     """One tunnel, one round: a fresh pair of hosts, all measures, one sample; a failure is recorded."""
     begin = time.monotonic()
+    idle = _idle_share()
     values: dict[str, float] = {}
     failures: list[str] = []
     try:
@@ -202,7 +200,7 @@ def _one(
         result["failures"].append({"tunnel": tunnel.name, "link": link, "round": round_, "reason": reason})
         print(f"bench: {tunnel.name}: {reason}", file=sys.stderr)
     if values:
-        result["samples"].append({"tunnel": tunnel.name, "link": link, "round": round_, "values": values})
+        result["samples"].append({"tunnel": tunnel.name, "link": link, "round": round_, "idle": idle, "values": values})
     took_s = time.monotonic() - begin
     print(f"{round_}/{given.rounds} {link:5} {tunnel.name:20} {_line(values)} ({took_s:.0f} s)", flush=True)
 
@@ -232,13 +230,9 @@ def _measure(
 ) -> None:
     route = measure.Route(hosts, tunnel.addresses, tuple(tunnel.programs))
 
-    def take(
-        prefix: str, function: Callable[..., dict[str, float]], *arguments: object, **options: object
-    ) -> None:
+    def take(prefix: str, function: Callable[..., dict[str, float]], *arguments: object, **options: object) -> None:
         try:
-            values.update(
-                {f"{prefix}_{key}": value for key, value in function(route, *arguments, **options).items()}
-            )
+            values.update({f"{prefix}_{key}": value for key, value in function(route, *arguments, **options).items()})
         except HostError as error:
             failures.append(f"{prefix}: {error}")
         tunnel.check()
@@ -278,6 +272,18 @@ def _measure(
         values["rss_kib"] = peak
 
 
+def _idle_share(over_s: float = 0.25) -> float:
+    """How much of all cores nobody used just now, 0 to 1: less than about 0.95 spoils what comes next."""
+
+    def ticks() -> list[int]:
+        return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+
+    before = ticks()
+    time.sleep(over_s)
+    spent = [after - earlier for after, earlier in zip(ticks(), before, strict=True)]
+    return (spent[3] + spent[4]) / max(1, sum(spent))
+
+
 def _line(values: dict[str, float]) -> str:
     parts = []
     for key, label, unit in (
@@ -299,9 +305,7 @@ def _cpu_model() -> str:
 
 
 def _git(*arguments: str) -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", "-C", str(RESULTS.parent), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else None
 
 

@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 REFERENCE, BASELINE = "veth", "pure-python"
 BOTH_WAYS = ("up", "down")
+BUSY_BELOW_IDLE = 0.95
 
 
 class ReportError(Exception):
@@ -39,6 +40,11 @@ class Results:
         self._samples: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
         for sample in data["samples"]:
             self._samples.setdefault((sample["link"], sample["tunnel"]), {})[sample["round"]] = sample["values"]
+
+    def idle(self) -> float | None:
+        """Median share of the machine that was free before the measures."""
+        shares = [sample["idle"] for sample in self.data["samples"] if "idle" in sample]
+        return statistics.median(shares) if shares else None
 
     def links(self) -> list[str]:
         return [link for link in self.data["settings"]["links"] if any(key[0] == link for key in self._samples)]
@@ -167,6 +173,9 @@ def _notes(results: Results, congestion: str) -> str:
         "nobody's account. "
         "The spread between runs is about a quarter: compare rows, not tables of two days."
     ]
+    idle = results.idle()
+    if idle is not None and idle < BUSY_BELOW_IDLE:
+        lines.append(f"The machine was busy with other work: only {100 * idle:.0f} % idle between measures.")
     lossy = _lossy(results, data["settings"]["loss_allowed"])
     if lossy:
         lines.append(f"Lost more than that at every window: {lossy}.")

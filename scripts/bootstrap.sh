@@ -138,8 +138,9 @@ install_fasttun() {
     else
         say "installing fasttun${extra:+[$extra]} and what it needs into $venv, building the extension (a minute or two)"
         touch $venv/.fasttun-starts
-        $venv/bin/python -m pip install -q "setuptools>=77" "cython>=3.1"
-        $venv/bin/python -m pip install -q --no-build-isolation --editable ".${extra:+[$extra]}"
+        $venv/bin/python -m pip install -qq "setuptools>=77" "cython>=3.1"
+        # setuptools warns of every editable install.
+        PYTHONWARNINGS=ignore $venv/bin/python -m pip install -qq --no-build-isolation --editable ".${extra:+[$extra]}"
         touch -r $venv/.fasttun-starts "$stamp"
         # What the larger set of extras has installed, the smaller ones have too.
         if [ "$extra" = test ]; then touch -r "$stamp" $venv/.fasttun-installed-rich; fi

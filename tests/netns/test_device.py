@@ -10,7 +10,6 @@ import errno
 import fcntl
 import gc
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -60,6 +59,12 @@ def addresses(ns: Namespace, name: str) -> set[str]:
 def routes(ns: Namespace, name: str) -> set[str]:
     found = ns.ip_json("-4", "route", "show", "dev", name) + ns.ip_json("-6", "route", "show", "dev", name)
     return {entry["dst"] for entry in found if not entry["dst"].startswith("fe80")}
+
+
+def features(ns: Namespace) -> list[str]:
+    """tun0's offloads as they are, without what was once requested."""
+    lines = ns.run(["ethtool", "-k", "tun0"]).stdout.splitlines()
+    return [line.partition("[")[0].strip() for line in lines]
 
 
 def persistent(ns: Namespace, *options: str, up: bool = False) -> None:
@@ -115,6 +120,22 @@ def next_packet(fd: int) -> bytes:
     return packet if packet[header + 2 : header + 4] == b"\0\x09" else b"\0"
 
 
+def test_a_created_device_closes_without_netlink_and_so_without_root(
+    host: Namespace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    device = TunDevice.open("tun0", vnet_header=True)
+    device.configure(addresses=[V4, V6], routes=[ip_network("10.8.0.0/16")], mtu=1400)
+
+    def refused() -> Any:
+        raise OSError(errno.EPERM, "not allowed any more")
+
+    monkeypatch.setattr(device_module, "netlink", refused)
+    assert not device.needs_admin_to_close
+    device.close()
+    assert not caplog.records
+    assert host.devices() == {"lo"}
+
+
 def test_name_pattern(host: Namespace) -> None:
     with TunDevice.open("ft%d") as first, TunDevice.open("ft%d") as second:
         assert (first.name, second.name) == ("ft0", "ft1")
@@ -165,8 +186,7 @@ def test_vnet_header(host: Namespace, wanted: bool) -> None:
         assert device.vnet_header is wanted
         assert link(host, "tun0")["linkinfo"]["info_data"]["vnet_hdr"] is wanted
         assert {"csum", "tso4", "tso6", "ecn"} <= device.offloads if wanted else not device.offloads
-        features = host.run(["ethtool", "-k", "tun0"]).stdout
-        assert (re.search(r"tcp-segmentation-offload: on", features) is not None) is wanted
+        assert ("tcp-segmentation-offload: on" in features(host)) is wanted
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.sendto(b"x" * 33, ("10.7.0.2", 9))
         offset = device_module.VNET_HEADER_LENGTH if wanted else 0
@@ -226,6 +246,7 @@ def test_attached_device_is_put_back_exactly(host: Namespace, was_up: bool, vnet
         host.ip("route", "add", "10.10.0.0/16", "dev", "tun0", "metric", "7", "mtu", "1300")
         host.ip("route", "add", "fd0a::/32", "dev", "tun0", "table", "55")
     before, open_before = snapshot(host), descriptors()
+    offloads = features(host)
     with TunDevice.open("tun0", vnet_header=vnet_header) as device:
         assert not device.created
         device.configure(
@@ -239,6 +260,7 @@ def test_attached_device_is_put_back_exactly(host: Namespace, was_up: bool, vnet
         assert device.vnet_header is vnet_header
     assert_unchanged(host, before)
     assert descriptors() == open_before
+    assert features(host) == offloads
 
 
 def test_what_existed_already_stays(host: Namespace) -> None:
@@ -576,6 +598,39 @@ def test_pinned_route_keeps_the_server_outside(lab: Lab, version: int, order: st
         other = client.ip_json("route", "get", "198.51.100.9" if version == 4 else "2001:db8::9")[0]
         assert other["dev"] == "tun0"
     assert_unchanged(client, before)
+
+
+def test_pinned_route_takes_the_best_way_outside(lab: Lab) -> None:
+    """Asked for when the tunnel's route is in place already, as for a server whose name moved."""
+    near, far = lab.namespace(), lab.namespace()
+    cables = [lab.link(near, far) for _ in range(4)]
+    for cable, network, metric in zip(
+        cables,
+        ("0.0.0.0/0", "198.51.100.0/24", "198.51.100.0/24", "198.51.100.128/25"),
+        ("1", "500", "400", "1"),
+        strict=True,
+    ):
+        near.ip("route", "add", network, "via", cable.b.v4, "metric", metric)
+    before = snapshot(near)
+    with near.enter(), TunDevice.open("tun0") as device:
+        device.configure(addresses=[V4], routes=[ip_network("198.51.100.0/26")], mtu=None)
+        device.pin_route(ip_address("198.51.100.7"))
+        assert near.ip_json("route", "get", "198.51.100.7")[0]["gateway"] == cables[2].b.v4
+    assert_unchanged(near, before)
+
+
+def test_pinned_route_by_a_gateway_outside_every_network(lab: Lab) -> None:
+    near, _, cable = lab.pair()
+    near.ip("route", "add", "default", "via", "172.31.1.1", "dev", cable.a.device, "onlink")
+    near.ip("route", "add", "2001:db8::/32", "via", "fd55::1", "dev", cable.a.device, "onlink")
+    before = snapshot(near)
+    with near.enter(), TunDevice.open("tun0") as device:
+        device.pin_route(ip_address("198.51.100.7"))
+        device.pin_route(ip_address("2001:db8::7"))
+        device.configure(addresses=[V4], routes=[ip_network("0.0.0.0/1"), ip_network("128.0.0.0/1")], mtu=None)
+        assert near.ip_json("route", "get", "198.51.100.7")[0]["gateway"] == "172.31.1.1"
+        assert near.ip_json("route", "get", "2001:db8::7")[0]["gateway"] == "fd55::1"
+    assert_unchanged(near, before)
 
 
 def test_pinned_route_to_a_neighbour(lab: Lab) -> None:

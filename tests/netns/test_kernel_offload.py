@@ -68,9 +68,14 @@ def test_kernel_takes_joined_udp(lab: netns.Lab, addresses: tuple[str, str], siz
         receiver.settimeout(2)
         us, peer = (socket.inet_pton(family_of(addresses), address) for address in addresses)
         head = Packet(version=4 if addresses is V4 else 6, protocol=UDP, source=peer, destination=us)
-        packets = [replace(head, identification=index,
-                           payload=flows.contents(size if index < count - 1 else (size + 1) // 2, 4 * index + 1))
-                   for index in range(count)]
+        packets = [
+            replace(
+                head,
+                identification=index,
+                payload=flows.contents(size if index < count - 1 else (size + 1) // 2, 4 * index + 1),
+            )
+            for index in range(count)
+        ]
         ((header, frame),) = _testing.join([packet.build() for packet in packets])
         os.write(fd, header + frame)
         assert [receiver.recv(65535) for _ in packets] == [packet.payload for packet in packets]

@@ -99,9 +99,7 @@ def test_no_input_goes_out_of_bounds(data: st.DataObject) -> None:
             flows.bursts(max_flows=3, max_packets=6),
             st.lists(st.binary(max_size=120), max_size=12),
             st.lists(
-                st.builds(
-                    lambda v, b: bytes([v]) + b, st.sampled_from([0x45, 0x46, 0x60]), st.binary(max_size=120)
-                ),
+                st.builds(lambda v, b: bytes([v]) + b, st.sampled_from([0x45, 0x46, 0x60]), st.binary(max_size=120)),
                 max_size=12,
             ),
         )
@@ -112,9 +110,7 @@ def test_no_input_goes_out_of_bounds(data: st.DataObject) -> None:
         packet = bytearray(packets[index])
         if packet:
             packet[data.draw(st.integers(0, min(len(packet), 70) - 1))] = data.draw(st.integers(0, 255))
-        packets[index] = (
-            bytes(packet[: data.draw(st.integers(0, 80))]) if data.draw(st.booleans()) else bytes(packet)
-        )
+        packets[index] = bytes(packet[: data.draw(st.integers(0, 80))]) if data.draw(st.booleans()) else bytes(packet)
     frames = taken_apart(packets)
     assert sorted(part for frame in frames for part in frame) == sorted(packets)
 
@@ -244,14 +240,11 @@ def test_constant_ids_join_only_when_asked() -> None:
     assert len(_testing.join(built(packets))) == 4
     ((header, frame),) = _testing.join(built(packets), join_fixed_ids=True)
     assert [
-        replace(twins.parse(part), identification=0, ip_checksum=None).build()
-        for part in twins.split(header, frame)
+        replace(twins.parse(part), identification=0, ip_checksum=None).build() for part in twins.split(header, frame)
     ] == built(packets)
     counting = built(stream(4, 100))
     assert len(_testing.join(counting, join_fixed_ids=True)) == 1
-    mixed = [
-        replace(packet, identification=number) for packet, number in zip(packets, (0, 0, 1, 2), strict=True)
-    ]
+    mixed = [replace(packet, identification=number) for packet, number in zip(packets, (0, 0, 1, 2), strict=True)]
     assert len(_testing.join(built(mixed), join_fixed_ids=True)) == 2
     without_df = [replace(packet, fragment=0) for packet in packets]
     assert len(_testing.join(built(without_df), join_fixed_ids=True)) == 4
@@ -266,3 +259,55 @@ def test_a_coalescer_forgets_the_last_burst() -> None:
         once = _testing.Coalescer().join(burst)
         assert coalescer.join(burst) == once
         assert sum(count for _, _, count in once) == len(burst)
+
+
+def test_a_checksum_of_ones_that_holds_is_not_joined() -> None:
+    """Where the sum is 0, 0xffff holds as 0 does; segmentation could not give it back."""
+    packets = stream(3, 100)
+    bare = replace(packets[1], payload=packets[1].payload[:-2] + b"\0\0")
+    rest = twins.ones_sum(bare.pseudo() + bare.transport(0))
+    packets[1] = replace(bare, payload=bare.payload[:-2] + (0xFFFF - rest).to_bytes(2, "big"))
+    assert packets[1].build()[36:38] == b"\0\0"
+    assert [len(frame) for frame in taken_apart(built(packets))] == [3]
+    packets[1] = replace(packets[1], checksum=0xFFFF)
+    assert twins.checksums_hold(packets[1].build())
+    assert [len(frame) for frame in taken_apart(built(packets))] == [1, 1, 1]
+
+
+def test_an_ip_checksum_of_ones_that_holds_is_not_joined() -> None:
+    numbered = stream(1, 100)[0]
+    rest = twins.ones_sum(replace(numbered, identification=0, ip_checksum=0).build()[:20])
+    packets = stream(3, 100, Packet(identification=0xFFFF - rest - 1))
+    assert packets[1].build()[10:12] == b"\0\0"
+    assert [len(frame) for frame in taken_apart(built(packets))] == [3]
+    packets[1] = replace(packets[1], ip_checksum=0xFFFF)
+    assert twins.checksums_hold(packets[1].build())
+    assert [len(frame) for frame in taken_apart(built(packets))] == [1, 1, 1]
+
+
+def test_udp_without_checksum_is_not_joined_even_where_zero_would_hold() -> None:
+    packets = stream(3, 100, Packet(protocol=UDP))
+    bare = replace(packets[1], payload=packets[1].payload[:-2] + b"\0\0")
+    rest = twins.ones_sum(bare.pseudo() + bare.transport(0))
+    packets[1] = replace(bare, payload=bare.payload[:-2] + (0xFFFF - rest).to_bytes(2, "big"))
+    assert packets[1].build()[26:28] == b"\xff\xff"
+    assert [len(frame) for frame in taken_apart(built(packets))] == [3]
+    packets[1] = replace(packets[1], checksum=0)
+    assert [len(frame) for frame in taken_apart(built(packets))] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("part", ["source", "destination"])
+@pytest.mark.parametrize("version", [4, 6])
+def test_flows_that_share_a_slot_are_told_apart(version: int, part: str) -> None:
+    """Packets that would follow one another, but for one address: more flows than slots, so that many collide."""
+    source, destination = flows.V4 if version == 4 else flows.V6
+    head = Packet(version=version, source=source, destination=destination)
+    packets = [
+        replace(packet, **{part: getattr(packet, part)[:-2] + index.to_bytes(2, "big")})
+        for index, packet in enumerate(stream(500, 20, head))
+    ]
+    assert [len(frame) for frame in taken_apart(built(packets))] == [1] * 500
+    packets = [
+        replace(packet, source_port=packet.source_port + index) for index, packet in enumerate(stream(500, 20, head))
+    ]
+    assert [len(frame) for frame in taken_apart(built(packets))] == [1] * 500

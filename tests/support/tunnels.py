@@ -6,6 +6,7 @@ Not for: real devices (support/netns.py).
 from __future__ import annotations
 
 import contextlib
+import gc
 import ipaddress
 import os
 import select
@@ -163,7 +164,8 @@ class Client:
 
 
 def descriptors() -> dict[str, str]:
-    """The open descriptors of this process and what they are."""
+    """The open descriptors of this process and what they are, after what is garbage has gone."""
+    gc.collect()
     found = {}
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):

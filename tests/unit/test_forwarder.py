@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import gc
 import logging
 import os
@@ -389,14 +390,12 @@ def test_the_end_is_noticed_by_a_write_too(pipe, listener, peer):
             peer.send(IN)
         with pytest.raises(DeviceError):
             listener.wait(5)
-        with pytest.raises(DeviceError):
-            listener.wait_peer(1)
     assert_balanced(listener.stats())
 
 
 @pytest.mark.parametrize("field", ["tun_fd", "udp_fd"])
 def test_a_closed_descriptor_is_named(field, pipe, udp):
-    number = os.dup(0)
+    number = fcntl.fcntl(0, fcntl.F_DUPFD, 200)
     os.close(number)
     fields = {"tun_fd": pipe.fd, "udp_fd": udp.fileno(), field: number}
     with pytest.raises((DeviceError, EndpointError), match=f"{field} {number}.*EBADF"):
@@ -520,7 +519,7 @@ def test_a_unix_datagram_pair_as_the_wire(role):
             assert far.receive() == packet
         far.send(IN)
         assert near.receive() == IN
-        assert left.wait_peer(5).inbound_packets == 1
+        assert settled(left).peers[0].inbound_packets == 1
         assert settled(right).inbound.packets_out == 200
         time.sleep(0.3)  # a greeting that cannot be sent must not end the watcher
         assert threads().count("fasttun-watch") == 2
@@ -889,7 +888,7 @@ def test_a_failing_on_peer_is_logged_and_the_tunnel_goes_on(pipe, udp, caplog):
         for peer, address in ((one, "10.7.0.2"), (two, "10.7.0.3")):
             peer.send(ip_packet(address, "10.7.0.1"))
             pipe.receive()
-        wait_until(lambda: caplog.text.count("in the callback") == 2)
+        wait_until(lambda: caplog.text.count("ZeroDivisionError: in the callback") == 2)
         assert tunnel.running
 
 
@@ -908,7 +907,7 @@ def test_events_that_do_not_fit_are_counted(pipe, udp):
             contextlib.ExitStack() as stack:
         for number in range(count):
             peer = stack.enter_context(Client(udp.getsockname()))
-            peer.send(ip_packet(f"10.8.{number >> 8}.{number & 255 or 1}" if number else "10.9.0.1", "10.7.0.1"))
+            peer.send(ip_packet(f"10.8.{number >> 7}.{(number & 127) + 1}", "10.7.0.1"))
             pipe.receive()
             if number == 0:
                 assert first.wait(5)

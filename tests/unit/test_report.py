@@ -114,6 +114,13 @@ def test_uncommitted_changes_are_named(report: ModuleType, data: dict[str, Any])
     assert "commit 0123456789ab with changes:" in report.table(report.Results(data))
 
 
+@pytest.mark.parametrize(("idle", "busy"), [([0.99, 0.5, 0.98], False), ([0.99, 0.7, 0.6], True)])
+def test_busy_machine_is_named(report: ModuleType, data: dict[str, Any], idle: list[float], busy: bool) -> None:
+    for one, share in zip(data["samples"], idle, strict=False):
+        one["idle"] = share
+    assert ("only 70 % idle" in report.table(report.Results(data))) is busy
+
+
 def test_pictures_are_well_formed(report: ModuleType, data: dict[str, Any]) -> None:
     drawn = []
     for palette in (report.LIGHT, report.DARK):
@@ -123,7 +130,7 @@ def test_pictures_are_well_formed(report: ModuleType, data: dict[str, Any]) -> N
         texts = [element.text or "" for element in root.iter(f"{SVG}text")]
         assert {"fasttun", "pure Python", "socat <x>", "bare link: 20.0"} <= set(texts)
         assert any("A & B <processor>" in text for text in texts)
-        bars = [element for element in root.iter(f"{SVG}rect") if element.get("height") == str(report.BAR)]
+        bars = [element for element in root.iter(f"{SVG}rect") if element.get("x") == str(report.LABELS)]
         assert len(bars) == 2 * 4  # two panels: fasttun over both kinds of link, two others over one
         for bar in bars:
             assert 0 <= float(bar.attrib["x"]) + float(bar.attrib["width"]) <= width - 40

@@ -1,0 +1,65 @@
+/* LD_PRELOAD: a kernel that takes back, in the middle of a transfer, an offload that it had granted.
+ *
+ * REFUSE_GSO_AFTER=N   sendmmsg fails with EIO at a message with UDP_SEGMENT, once N such went out.
+ * REFUSE_JOIN_AFTER=N  writev fails with EINVAL at a frame whose vnet header has a gso_type, once N went in.
+ */
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <errno.h>
+#include <netinet/in.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+static long left(const char *name, long *state)
+{
+    if (*state == 0) {
+        const char *text = getenv(name);
+        *state = text ? atol(text) + 1 : -1;
+    }
+    return *state;
+}
+
+int sendmmsg(int fd, struct mmsghdr *messages, unsigned int count, int flags)
+{
+    static int (*real)(int, struct mmsghdr *, unsigned int, int);
+    static long state;
+    if (!real)
+        real = dlsym(RTLD_NEXT, "sendmmsg");
+    if (left("REFUSE_GSO_AFTER", &state) > 0) {
+        unsigned int i;
+        for (i = 0; i < count; i++) {
+            struct cmsghdr *control = CMSG_FIRSTHDR(&messages[i].msg_hdr);
+            for (; control; control = CMSG_NXTHDR(&messages[i].msg_hdr, control))
+                if (control->cmsg_level == IPPROTO_UDP && control->cmsg_type == 103)
+                    break;
+            if (!control)
+                continue;
+            if (state == 1) {
+                if (i)
+                    return real(fd, messages, i, flags);
+                errno = EIO;
+                return -1;
+            }
+            state--;
+        }
+    }
+    return real(fd, messages, count, flags);
+}
+
+ssize_t writev(int fd, const struct iovec *vectors, int count)
+{
+    static ssize_t (*real)(int, const struct iovec *, int);
+    static long state;
+    if (!real)
+        real = dlsym(RTLD_NEXT, "writev");
+    if (left("REFUSE_JOIN_AFTER", &state) > 0 && count > 2 && vectors[0].iov_len == 10
+        && ((const unsigned char *)vectors[0].iov_base)[1]) {
+        if (state == 1) {
+            errno = EINVAL;
+            return -1;
+        }
+        state--;
+    }
+    return real(fd, vectors, count);
+}
