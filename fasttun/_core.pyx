@@ -152,11 +152,6 @@ ctypedef struct worker_t:
     uint8_t *split
     bint udp_ready
     bint news
-    # inner addresses of this host, for ICMP
-    bint has_own4
-    bint has_own6
-    uint8_t[4] own4
-    uint8_t[16] own6
     uint8_t[1280] scratch
     counters_t counters
 
@@ -401,15 +396,10 @@ cdef inline ssize_t write_packet(worker_t *w, uint8_t *packet, size_t length) no
 cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexcept nogil:
     """Answers a packet that no datagram can carry with the ICMP error that names the MTU."""
     cdef int version = packet_version(packet, length)
-    cdef const uint8_t *own = NULL
     cdef size_t size
-    if version == 4 and w.has_own4:
-        own = w.own4
-    elif version == 6 and w.has_own6:
-        own = w.own6
     if version == 0 or length < 48:
         return
-    size = too_big(w.scratch, packet, length, version, MAX_DATAGRAM - PI_LENGTH, own)
+    size = too_big(w.scratch, packet, length, version, MAX_DATAGRAM - PI_LENGTH)
     if size and write_packet(w, w.scratch, size) == <ssize_t>size:
         w.counters.too_big_told += 1
 
@@ -1406,14 +1396,6 @@ cdef class Engine:
             w.receive_messages[i].msg_hdr.msg_iovlen = 1
             w.receive_messages[i].msg_hdr.msg_name = NULL if connected else w.receive_names[i].bytes
             w.receive_messages[i].msg_hdr.msg_control = w.receive_controls + i * CONTROL
-        for i in range(table.t.own_count):
-            if is_mapped_ipv4(table.t.own[i].high, table.t.own[i].low):
-                if not w.has_own4:
-                    memcpy(w.own4, (<const uint8_t *>&table.t.own[i].low) + 4, 4)
-                    w.has_own4 = True
-            elif not w.has_own6:
-                memcpy(w.own6, &table.t.own[i], 16)
-                w.has_own6 = True
         w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if w.event_fd < 0:
             raise DeviceError("eventfd", "worker", errno)

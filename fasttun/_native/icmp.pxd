@@ -24,12 +24,12 @@ cdef inline bint may_be_answered(const uint8_t *packet, int version) noexcept no
     return packet[24] != 0xff and not (packet[6] == ICMPV6 and packet[40] < 128)
 
 
-cdef inline size_t too_big(uint8_t *to, const uint8_t *packet, size_t length, int version, uint32_t mtu,
-                           const uint8_t *own) noexcept nogil:
+cdef inline size_t too_big(uint8_t *to, const uint8_t *packet, size_t length, int version,
+                           uint32_t mtu) noexcept nogil:
     """Writes the answer to `packet` (a whole IP packet of >= 28 or 48 bytes) and returns its length, or 0.
 
-    to: at least TOO_BIG_MAX bytes, not aliasing `packet`. own: this host's inner address of that version,
-    4 or 16 bytes, or NULL: then the error seems to come from where the packet was going.
+    to: at least TOO_BIG_MAX bytes, not aliasing `packet`. The error seems to come from where the packet was
+    going: from an address of this host's own, the kernel would take it for a martian (fib_validate_source).
     """
     cdef size_t quoted, total
     cdef uint32_t total_sum
@@ -43,7 +43,7 @@ cdef inline size_t too_big(uint8_t *to, const uint8_t *packet, size_t length, in
         put16(to + 2, total)
         to[8] = 64
         to[9] = ICMP
-        memcpy(to + 12, own if own != NULL else packet + 16, 4)
+        memcpy(to + 12, packet + 16, 4)
         memcpy(to + 16, packet + 12, 4)
         put16(to + 10, <uint32_t>(~fold_words(sum_words(to, 20, 0))) & 0xffff)
         to[20] = 3
@@ -59,7 +59,7 @@ cdef inline size_t too_big(uint8_t *to, const uint8_t *packet, size_t length, in
     put16(to + 4, total - 40)
     to[6] = ICMPV6
     to[7] = 64
-    memcpy(to + 8, own if own != NULL else packet + 24, 16)
+    memcpy(to + 8, packet + 24, 16)
     memcpy(to + 24, packet + 8, 16)
     to[40] = 2
     put16(to + 44, mtu >> 16)

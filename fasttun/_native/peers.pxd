@@ -125,12 +125,16 @@ ctypedef struct table_t:
     uint64_t events_lost
 
 
-cdef inline int32_t bucket_of_endpoint(table_t *t, const endpoint_t *e) noexcept nogil:
+cdef inline uint64_t hash_of_endpoint(table_t *t, const endpoint_t *e) noexcept nogil:
     cdef uint64_t[3] words
     words[0] = e.high
     words[1] = e.low
     words[2] = (<uint64_t>e.scope_id << 32) | e.port
-    return <int32_t>(siphash(&t.key, words, 3) & <uint64_t>t.peer_mask)
+    return siphash(&t.key, words, 3)
+
+
+cdef inline int32_t bucket_of_endpoint(table_t *t, const endpoint_t *e) noexcept nogil:
+    return <int32_t>(hash_of_endpoint(t, e) & <uint64_t>t.peer_mask)
 
 
 cdef inline int32_t bucket_of_address(table_t *t, const address_t *a) noexcept nogil:
@@ -290,7 +294,7 @@ cdef inline void make_check(table_t *t, const endpoint_t *to, const address_t *l
     cdef int32_t bucket
     cdef uint32_t number = <uint32_t>entry
     cdef uint64_t tag
-    bucket = <int32_t>(check_tag(t, to, 0, 0) & (CHECK_BUCKETS - 1))
+    bucket = <int32_t>(hash_of_endpoint(t, to) & (CHECK_BUCKETS - 1))
     if not is_older(now, t.check_sent_ns[bucket], t.patience_ns // 5 - 1):
         return
     if not endpoint_to_sockaddr(to, t.family, &check.to):

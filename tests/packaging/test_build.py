@@ -49,7 +49,10 @@ def new_environment(directory: Path, python: str = sys.executable) -> Path:
 
 
 def other_pythons() -> dict[str, str]:
-    """Interpreters of the supported versions other than the running one, in PATH or pyenv's: version to path."""
+    """Interpreters of the supported versions other than the running one, in PATH or pyenv's: version to path.
+
+    The running one where there is no other, so that a build in isolation is tested on every machine.
+    """
     supported = [f"3.{minor}" for minor in range(10, 15) if minor != sys.version_info.minor]
     versions = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
     candidates = [path for v in supported for path in sorted(versions.glob(f"{v}.*/bin/python{v}"))]
@@ -64,7 +67,7 @@ def other_pythons() -> dict[str, str]:
         answer = asked.stdout.split()
         if len(answer) == 4 and answer[0] in supported and answer[2:] == ["final", "True"]:
             found.setdefault(answer[0], answer[1])
-    return found
+    return found or {"{}.{}".format(*sys.version_info): sys.executable}
 
 
 OTHER_PYTHONS = other_pythons()

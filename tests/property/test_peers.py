@@ -68,11 +68,13 @@ class TableAgainstTwin(RuleBasedStateMachine):
             self.now += every_ms * MS
 
     @rule(which=st.integers(0, 30), delay_ms=st.sampled_from([0, 20, 400, 1200, 5000, 9000]),
-          by=st.one_of(st.none(), st.integers(0, len(ENDPOINTS) - 1)))
-    def answer(self, which: int, delay_ms: int, by: int | None) -> None:
+          by=st.one_of(st.none(), st.integers(0, len(ENDPOINTS) - 1)), owner_speaks=st.booleans())
+    def answer(self, which: int, delay_ms: int, by: int | None, owner_speaks: bool) -> None:
         if self.checks:
             self.now += delay_ms * MS
             check = self.checks[-1 - which % len(self.checks)]
+            if owner_speaks and check.address in self.twin.owner:
+                self.send(self.twin.owner[check.address], check.address, "raw")
             self.answer_from(check, check.to if by is None else ENDPOINTS[by])
 
     @rule(by=st.integers(0, len(ENDPOINTS) - 1), transaction=st.binary(min_size=12, max_size=12),

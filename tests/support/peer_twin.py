@@ -157,6 +157,6 @@ class PeerTwin:
 
     def lookup(self, address: Address, now: int) -> Endpoint | None:
         endpoint = self.owner.get(address)
-        if endpoint is None and len(self.peers) in (1,2):
+        if endpoint is None and len(self.peers) == 1:
             endpoint = next(iter(self.peers))
         return None if endpoint is None or self.expired(endpoint, now) else endpoint
