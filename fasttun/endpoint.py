@@ -197,12 +197,12 @@ def _open(family: int, local: Endpoint | None, port: int, reuse_port: bool) -> s
     return sock
 
 
-def tell_local_address(sock: socket.socket) -> bool:
-    """Makes `sock` report the local address of each datagram (IP_PKTINFO); False for other families."""
+def tell_local_address(sock: socket.socket, on: bool = True) -> bool:
+    """Makes `sock` report the local address of each datagram (IP_PKTINFO), or not; False for other families."""
     if sock.family == socket.AF_INET6:
-        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, _IPV6_RECVPKTINFO, on)
     elif sock.family == socket.AF_INET:
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, on)
     else:
         return False
     return True

@@ -398,6 +398,8 @@ class Forwarder:
         """A listener on all addresses answers from the one that was asked."""
         if not self.config.listen or self.config.bind is not None:
             return False
+        if self.config.udp_fd is not None:
+            self._undo.callback(tell_local_address, sock, False)
         return tell_local_address(sock)
 
     def _tun_offload(self) -> str:

@@ -69,6 +69,7 @@ lacking() {
     need_program ping iputils-ping
     [ "$level" = demo ] && return
     need_program git git
+    need_program modprobe kmod
     need_program iperf3 iperf3
     need_program socat socat
     need_program ethtool ethtool

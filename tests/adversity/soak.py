@@ -162,7 +162,8 @@ class Soak:
             time.sleep(self.chance.uniform(0.3, 1) * self.every_s)
         for name, node in nodes.items():
             now = node.rss_kib()
-            self.report.append(f"{name}: resident {warm.get(name, now)} KiB after a fifth of the time, {now} KiB at the end")
+            self.report.append(
+                f"{name}: resident {warm.get(name, now)} KiB after a fifth of the time, {now} KiB at the end")
             if now - warm.get(name, now) > GROWTH_KIB:
                 self.broken.append(f"{name}: memory has grown by {now - warm[name]} KiB")
 

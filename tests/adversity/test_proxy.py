@@ -8,14 +8,13 @@ import threading
 import time
 
 import pytest
+from adversity.soak import Soak
 from support.netns import Lab, wait_until
 from support.node import Node, assert_counted
 from support.tunnels import Pipe, assert_balanced, bind_udp, ip_packet, pi, settled
 from support.udp_proxy import Faults, UdpProxy
 
 from fasttun import Forwarder
-
-from .soak import Soak  # isort: skip
 
 CHAOS = Faults(lose=0.1, duplicate=0.1, truncate=0.1, corrupt=0.1, inject=0.2, reorder=0.2)
 
@@ -136,7 +135,7 @@ def test_a_wire_that_is_mute_one_way_for_a_while(direction):
 @pytest.mark.netns
 def test_a_file_over_tcp_is_intact_through_all_of_it(lab: Lab):
     client_ns, router, server_ns, near, far = lab.routed()
-    size = 4_000_000
+    size = 1_500_000
     chaos = Faults(lose=0.01, duplicate=0.02, truncate=0.01, corrupt=0.01, inject=0.05, reorder=0.02)
     with Node(server_ns, listen=True, address="10.7.0.1/24") as listener, \
             UdpProxy((far.b.v4, 1234), listen=(near.b.v4, 1234), ns=router, seed=5) as proxy, \

@@ -102,6 +102,28 @@ def test_both_families_inside_both_families_outside(lab, outer, offload):
         assert stats.inbound.packets_out >= 16
 
 
+def test_a_server_by_its_link_local_address(lab):
+    a, b, link = lab.pair()
+    found = next(address["local"] for entry in a.ip_json("address", "show", "dev", link.a.device)
+                 for address in entry["addr_info"] if address["scope"] == "link" and address["family"] == "inet6")
+    with tunnel(a, listen=True, address=NEAR), \
+            tunnel(b, server=f"{found}%{link.b.device}", address=FAR) as client:
+        assert client.mtu == 1452
+        assert str(client.wait_peer(5).endpoint.host) == found
+        reaches(b, "10.7.0.1")
+        a.run(["ping", "-n", "-c2", "-i0.05", "-W1", "10.7.0.2"])
+
+
+def test_hosts_without_ipv6(lab):
+    a, b, link = lab.pair()
+    for ns in (a, b):
+        ns.sysctl("net.ipv6.conf.all.disable_ipv6", 1)
+        ns.sysctl("net.ipv6.conf.default.disable_ipv6", 1)
+    with tunnel(a, listen=True, address=NEAR[0]), tunnel(b, server=link.a.v4, address=FAR[0]) as client:
+        client.wait_peer(5)
+        reaches(b, "10.7.0.1")
+
+
 def test_three_clients_on_one_listener(lab):
     hub = lab.namespace("hub")
     hub.forward()
@@ -149,7 +171,7 @@ def test_clients_do_not_see_each_other_without_forwarding(lab):
 
 
 def test_a_client_whose_address_changes_is_followed(lab):
-    with joined(lab) as (listener, client, a, b):
+    with joined(lab) as (listener, _, a, b):
         network = b.v4.rpartition(".")[0]
         b.ns.ip("address", "del", f"{b.v4}/24", "dev", b.device)
         b.ns.ip("address", "add", f"{network}.77/24", "dev", b.device)
@@ -180,7 +202,7 @@ def test_a_nat_that_rebinds_is_followed(lab):
 
 @pytest.mark.skipif(shutil.which("nft") is None, reason="needs nft (apt install nftables)")
 def test_through_a_real_nat(lab):
-    client_ns, router, server_ns, _, far = lab.routed(masquerade=True)
+    client_ns, _, server_ns, _, far = lab.routed(masquerade=True)
     with tunnel(server_ns, listen=True, address=NEAR) as listener, \
             tunnel(client_ns, server=far.b.v4, address=FAR) as client:
         client.wait_peer(5)
@@ -221,7 +243,7 @@ def test_a_restarted_client_has_its_address_back(lab):
 @pytest.mark.parametrize(("outer", "framing", "mtu"), [
     ("v4", "auto", 1472), ("v6", "auto", 1452), ("v4", "pi", 1468), ("v6", "pi", 1448)])
 def test_a_full_packet_passes_in_one_piece_and_one_byte_more_is_told(lab, outer, framing, mtu):
-    with joined(lab, outer, framing=framing) as (listener, client, a, b):
+    with joined(lab, outer, framing=framing) as (listener, client, _, b):
         assert client.mtu == mtu
         assert b.ns.ip_json("link", "show", "tun0")[0]["mtu"] == mtu
         listener_mtu = listener.mtu
@@ -229,7 +251,8 @@ def test_a_full_packet_passes_in_one_piece_and_one_byte_more_is_told(lab, outer,
         before = snmp(b.ns, count)
         for host, headers in (("10.7.0.1", 28), ("fd07::1", 48)):
             b.ns.run(["ping", "-n", "-c2", "-i0.05", "-W1", "-M", "do", "-s", str(mtu - headers), host])
-            refused = b.ns.run(["ping", "-n", "-c1", "-W1", "-M", "do", "-s", str(mtu - headers + 1), host], check=False)
+            refused = b.ns.run(
+                ["ping", "-n", "-c1", "-W1", "-M", "do", "-s", str(mtu - headers + 1), host], check=False)
             assert refused.returncode != 0
             assert str(mtu) in refused.stdout + refused.stderr
         assert snmp(b.ns, count) == before, "a full packet must not be fragmented outside"
@@ -335,7 +358,7 @@ def test_the_peers_port_is_closed_and_opened_again(lab):
 
 def test_a_full_queue_of_the_interface_is_survived(lab):
     """A tiny, slow queueing discipline: what it refuses is dropped (ENOBUFS on some kernels), nothing hangs."""
-    with joined(lab) as (_, client, a, b):
+    with joined(lab) as (_, client, _, b):
         b.ns.run(["tc", "qdisc", "add", "dev", b.device, "root", "tbf", "rate", "2mbit", "burst", "3000",
                   "limit", "3000"])
         with b.ns.enter():
@@ -351,7 +374,7 @@ def test_a_full_queue_of_the_interface_is_survived(lab):
 
 
 def test_a_device_that_is_deleted_ends_the_tunnel_with_its_name(lab):
-    a, b, link = lab.pair()
+    _, b, link = lab.pair()
     forwarder = Forwarder(server=link.a.v4, address=FAR)
     with b.enter():
         forwarder.start()

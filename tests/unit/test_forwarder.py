@@ -38,6 +38,7 @@ from support.tunnels import (
 )
 
 import fasttun.forwarder
+from fasttun._core import Engine, PeerTable
 from fasttun import (
     ConfigurationError,
     DeviceError,
@@ -343,6 +344,7 @@ def test_the_callers_descriptors_stay_as_they_were(pipe, udp, peer):
     assert os.get_blocking(pipe.fd)
     assert os.get_blocking(udp.fileno())
     assert udp.getsockopt(17, 104) == gro == 0
+    assert udp.getsockopt(socket.IPPROTO_IP, 8) == 0, "IP_PKTINFO"
     peer.send(b"mine again")
     assert udp.recv(100) == b"mine again"
     pipe.send(OUT)
@@ -404,7 +406,7 @@ def test_a_closed_descriptor_is_named(field, pipe, udp):
 
 def test_a_udp_fd_that_is_no_socket(pipe):
     before = descriptors()
-    with open(os.devnull) as file, pytest.raises(EndpointError, match="udp_fd.*ENOTSOCK"):
+    with open(os.devnull) as file, pytest.raises(EndpointError, match=r"udp_fd.*ENOTSOCK"):
         Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=file.fileno()).start()
     gc.collect()
     assert descriptors() == before
@@ -857,16 +859,16 @@ def test_a_flood_balances_to_the_packet_and_keeps_its_order(gso, gro, batch):
 
 def test_on_peer_is_told_of_each_peer_once(pipe, udp):
     told: list[PeerStats] = []
-    with Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno(), on_peer=told.append):
-        with contextlib.ExitStack() as stack:
-            for number in range(3):
-                peer = stack.enter_context(Client(udp.getsockname()))
-                for _ in range(3):
-                    peer.send(ip_packet(f"10.7.0.{number + 2}", "10.7.0.1"))
-            for _ in range(9):
-                pipe.receive()
-            wait_until(lambda: len(told) >= 3)
-            time.sleep(0.05)
+    with Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno(), on_peer=told.append), \
+            contextlib.ExitStack() as stack:
+        for number in range(3):
+            peer = stack.enter_context(Client(udp.getsockname()))
+            for _ in range(3):
+                peer.send(ip_packet(f"10.7.0.{number + 2}", "10.7.0.1"))
+        for _ in range(9):
+            pipe.receive()
+        wait_until(lambda: len(told) >= 3)
+        time.sleep(0.05)
     assert sorted(str(peer.addresses[0]) for peer in told) == ["10.7.0.2", "10.7.0.3", "10.7.0.4"]
 
 
@@ -919,6 +921,95 @@ def test_events_that_do_not_fit_are_counted(pipe, udp):
         with Client(udp.getsockname()) as late:
             late.send(ip_packet("10.10.0.1", "10.7.0.1"))
             wait_until(lambda: len(told) == count - lost + 1, what="the ring works again")
+
+
+def test_a_client_that_moves_is_followed_and_told_of(pipe, udp):
+    """The whole rule on the wire: claims, two questions to the mute owner, one to the claimant, his answer."""
+    told: list[PeerStats] = []
+    with Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno(), on_peer=told.append) as tunnel, \
+            Client(udp.getsockname()) as old, Client(udp.getsockname()) as new:
+        old.send(IN)
+        pipe.receive()
+        start = time.monotonic()
+        while new.silent(0.1):
+            new.send(IN)
+            pipe.send(OUT)
+            assert old.receive()[:1] in (b"\x45", b"\0"), "until it has moved, the old one gets it"
+            assert time.monotonic() - start < 4
+        assert pipe.silent(), "what is unproven does not come in"
+        new.answer_check()
+        wait_until(lambda: tunnel.peers[0].endpoint.port == new.port)
+        assert len(tunnel.peers) == 1
+        assert 2 <= time.monotonic() - start < 4
+        while not old.silent():
+            old.receive()
+        pipe.send(OUT)
+        assert new.receive() == OUT
+        assert old.silent()
+        new.send(IN)
+        assert pipe.receive() == IN
+        wait_until(lambda: [peer.endpoint.port for peer in told] == [old.port, new.port])
+        assert settled(tunnel).inbound.drops["unproven"] > 5
+    assert_balanced(tunnel.stats())
+
+
+def test_an_owner_that_answers_is_not_moved(pipe, listener, udp):
+    with listener, Client(udp.getsockname()) as owner, Client(udp.getsockname()) as claimant:
+        owner.send(IN)
+        pipe.receive()
+        end = time.monotonic() + 3
+        asked = 0
+        while time.monotonic() < end:
+            claimant.send(IN)
+            if not owner.silent(0.05):
+                owner.answer_check()
+                asked += 1
+        assert asked >= 2
+        assert claimant.silent(), "he is not even asked"
+        assert [peer.endpoint.port for peer in listener.peers] == [owner.port]
+
+
+def test_keepalives_keep_an_idle_peer(pipe, udp, peer):
+    """A client that says nothing but its greetings stays known; one that is mute does not."""
+    table = PeerTable(family=int(socket.AF_INET), expiry_s=0.5)
+    engine = Engine(table, tun_fd=pipe.fd, udp_fd=udp.fileno())
+    thread = threading.Thread(target=engine.run)
+    thread.start()
+    try:
+        peer.send(IN)
+        wait_until(lambda: table.peers())
+        for _ in range(10):
+            peer.send(stun_request())
+            assert peer.receive()[:2] == b"\1\1"
+            time.sleep(0.1)
+        assert table.expire() == 0
+        pipe.send(OUT)
+        assert peer.receive() == OUT
+        time.sleep(0.6)
+        assert table.peers() == []
+        pipe.send(OUT)
+        assert peer.silent()
+        assert table.expire() == 1
+    finally:
+        engine.stop()
+        thread.join(5)
+    assert engine.counters()["outbound"]["drops"]["no_peer"] == 1
+
+
+def test_answers_leave_from_the_address_that_was_asked(pipe):
+    """This host has many addresses; a client (and its NAT) only knows the one that it wrote to."""
+    with bind_udp() as probe:
+        port = probe.getsockname()[1]
+    with Forwarder(listen=True, port=port, tun_fd=pipe.fd):
+        for number, host in enumerate(("127.0.0.2", "127.7.7.7"), 2):
+            with bind_udp("127.0.0.1", connect=(host, port)) as peer:
+                peer.send(ip_packet(f"10.7.0.{number}", "10.7.0.1"))
+                pipe.receive()
+                for size in (10, 10, 10, 5):
+                    pipe.send(ip_packet("10.7.0.1", f"10.7.0.{number}", bytes(size)))
+                assert [len(peer.recv(2000)) for _ in range(4)] == [30, 30, 30, 25]
+                peer.send(stun_request())
+                assert peer.recv(2000)[:2] == b"\1\1"
 
 
 def test_an_answered_greeting_is_an_answer_about_the_greeter(listener, udp, peer):
@@ -1052,7 +1143,7 @@ def test_a_resolver_that_does_not_answer_does_not_hold_up_stop(pipe, monkeypatch
 
 def test_a_name_that_does_not_resolve_fails_the_start(pipe, monkeypatch):
     monkeypatch.setattr(fasttun.forwarder, "resolve", _fail_to_resolve)
-    with pytest.raises(EndpointError, match="vpn.example"):
+    with pytest.raises(EndpointError, match=r"vpn\.example"):
         Forwarder(server="vpn.example", tun_fd=pipe.fd).start()
 
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import pytest
 
@@ -63,7 +64,7 @@ class World:
 
     def gaps(self) -> list[float]:
         times = [time for time, _ in self.greetings]
-        return [round(b - a, 6) for a, b in zip(times, times[1:], strict=False)]
+        return [round(b - a, 6) for a, b in pairwise(times)]
 
 
 def world(*addresses: Endpoint, resolvable: bool = True, **fields: object) -> World:
@@ -128,7 +129,7 @@ def test_a_server_fallen_silent_is_resolved_again_and_again():
     last_heard = w.heard
     assert w.resolutions, "silence must ask the resolver"
     assert last_heard + SILENCE_S <= w.resolutions[0] <= last_heard + SILENCE_S + KEEPALIVE_S
-    gaps = [b - a for a, b in zip(w.resolutions, w.resolutions[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(w.resolutions)]
     assert gaps
     assert all(30 <= gap <= 35 for gap in gaps), "not in a storm"
 
@@ -191,4 +192,4 @@ def test_whatever_the_server_does_there_is_no_storm(seed):
             w.greeter.replace(chance.sample([A, B, C], chance.randint(1, 3)), w.now)
     times = [time for time, _ in w.greetings]
     assert all(b - a > 1 for a, b in zip(times, times[5:], strict=False))
-    assert all(b - a >= 30 for a, b in zip(w.resolutions, w.resolutions[1:], strict=False))
+    assert all(b - a >= 30 for a, b in pairwise(w.resolutions))
