@@ -64,6 +64,8 @@ cdef enum:
     CONTROL = 96
     # bytes for the control messages of one message: the segments' size, and a local address
     MAX_RECEIVE = 64
+    MAX_WRITES = 128
+    # packets between two sendmmsg to a socket that stands in for the TUN
     GRO_RECEIVE = 16
     # 64 KiB frames a recvmmsg: 1 MiB, no more than a core's cache
 
@@ -117,6 +119,7 @@ ctypedef struct worker_t:
     bint gso
     bint gro
     bint vnet
+    bint tun_is_socket
     bint sticky
     uint64_t busy_poll_ns
     int burst
@@ -150,6 +153,9 @@ ctypedef struct worker_t:
     origin_t origin
     coalescer_t *coalescer
     uint8_t *split
+    mmsghdr *writes
+    iovec *write_vectors
+    int write_count
     bint udp_ready
     bint news
     uint8_t[1280] scratch
@@ -573,34 +579,57 @@ cdef inline int read_failed(worker_t *w, ssize_t length) noexcept nogil:
     return 0
 
 
+cdef inline void packet_read(worker_t *w, uint8_t *packet, size_t length, uint64_t now) noexcept nogil:
+    """One packet in its slot: aims it and adds it to the messages to send."""
+    cdef uint32_t head = 0
+    cdef int version = packet_version(packet, length)
+    w.counters.outbound.packets_in += 1
+    w.counters.outbound.bytes_in += length
+    if version == 0:
+        w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
+        return
+    if not aim_at(w, packet, version, now):
+        w.counters.outbound.drops[DROP_NO_PEER] += 1
+        return
+    w.target.packets += 1
+    w.target.bytes += length
+    if framing_now(&w.target) == FRAMING_PI:
+        head = PI_LENGTH
+        write_pi(packet - PI_LENGTH, version)
+    append(w, packet - head, <uint32_t>length + head, head)
+
+
 cdef int read_packets(worker_t *w, uint64_t now) noexcept nogil:
     """A burst of single packets from the TUN, each in a slot of its own."""
     cdef uint8_t *packet
     cdef ssize_t length
-    cdef int version, reads
-    cdef uint32_t head
+    cdef int reads
     for reads in range(w.burst):
         packet = w.arena + reads * w.slot + HEAD_ROOM
         w.counters.calls[CALL_READ] += 1
         length = read(w.tun_fd, packet, w.slot - HEAD_ROOM - TAIL_ROOM)
         if length <= 0:
             return read_failed(w, length)
-        w.counters.outbound.packets_in += 1
-        w.counters.outbound.bytes_in += length
-        version = packet_version(packet, length)
-        if version == 0:
-            w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
-            continue
-        if not aim_at(w, packet, version, now):
-            w.counters.outbound.drops[DROP_NO_PEER] += 1
-            continue
-        w.target.packets += 1
-        w.target.bytes += length
-        head = 0
-        if framing_now(&w.target) == FRAMING_PI:
-            head = PI_LENGTH
-            write_pi(packet - PI_LENGTH, version)
-        append(w, packet - head, <uint32_t>length + head, head)
+        packet_read(w, packet, length, now)
+    return 0
+
+
+cdef int read_socket(worker_t *w, uint64_t now) noexcept nogil:
+    """The same from a socket that stands in for the TUN: a burst a call."""
+    cdef int i, count
+    for i in range(w.burst):
+        w.writes[i].msg_hdr.msg_iov = &w.write_vectors[i]
+        w.write_vectors[i].iov_base = w.arena + i * w.slot + HEAD_ROOM
+        w.write_vectors[i].iov_len = w.slot - HEAD_ROOM - TAIL_ROOM
+    w.counters.calls[CALL_RECVMMSG] += 1
+    count = recvmmsg(w.tun_fd, w.writes, w.burst, MSG_DONTWAIT, NULL)
+    if count <= 0:
+        return read_failed(w, count)
+    for i in range(count):
+        if w.writes[i].msg_len == 0:
+            return read_failed(w, 0)
+        packet_read(w, w.arena + i * w.slot + HEAD_ROOM, w.writes[i].msg_len, now)
+    w.tun_ready = count == w.burst
     return 0
 
 
@@ -676,7 +705,12 @@ cdef int outbound_burst(worker_t *w) noexcept nogil:
     cdef uint64_t now = now_ns()
     cdef int result
     w.tun_ready = True
-    result = read_frames(w, now) if w.vnet else read_packets(w, now)
+    if w.vnet:
+        result = read_frames(w, now)
+    elif w.tun_is_socket:
+        result = read_socket(w, now)
+    else:
+        result = read_packets(w, now)
     if w.target.valid:
         pthread_mutex_lock(&w.table.lock)
         settle_target(w)
@@ -830,9 +864,39 @@ cdef int write_frames(worker_t *w) noexcept nogil:
     return result
 
 
+cdef int write_socket(worker_t *w) noexcept nogil:
+    """Sends the packets collected for a socket that stands in for the TUN. >= 0, or -errno when it is dead."""
+    cdef int i
+    cdef int next_ = 0
+    cdef int sent
+    cdef int result = 0
+    while next_ < w.write_count:
+        w.counters.calls[CALL_SENDMMSG] += 1
+        sent = sendmmsg(w.tun_fd, w.writes + next_, w.write_count - next_, MSG_DONTWAIT | MSG_NOSIGNAL)
+        if sent > 0:
+            w.counters.inbound.packets_out += sent
+            for i in range(next_, next_ + sent):
+                w.counters.inbound.bytes_out += w.writes[i].msg_len
+            next_ += sent
+            continue
+        result = write_failed(w, 1)
+        next_ += 1
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += w.write_count - next_
+            break
+    w.write_count = 0
+    return result
+
+
 cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
-    """Hands one packet to the TUN, or to the coalescer that does so at the burst's end."""
+    """Hands one packet to the TUN, or to what does so at the burst's end."""
     cdef int result
+    if w.tun_is_socket:
+        w.writes[w.write_count].msg_hdr.msg_iov = &w.write_vectors[w.write_count]
+        w.write_vectors[w.write_count].iov_base = packet
+        w.write_vectors[w.write_count].iov_len = length
+        w.write_count += 1
+        return write_socket(w) if w.write_count == MAX_WRITES else 0
     if not w.vnet:
         return write_one(w, packet, length)
     if coalescer_add(w.coalescer, packet, <uint16_t>length) != COALESCE_FULL:
@@ -940,6 +1004,12 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             length -= step
         if result < 0:
             break
+    if w.write_count:
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += w.write_count
+            w.write_count = 0
+        else:
+            result = write_socket(w)
     if w.vnet and w.coalescer.packet_count:
         if result < 0:
             w.counters.inbound.drops[DROP_TUN_DOWN] += w.coalescer.packet_count
@@ -1048,6 +1118,12 @@ EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted
 OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso", OFFLOAD_TUN: "tun"}
 FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
 FRAMING_NAMES = {FRAMING_AUTO: "unknown", FRAMING_RAW: "raw", FRAMING_PI: "pi"}
+
+
+cdef bint is_socket(int fd) noexcept:
+    cdef int kind
+    cdef unsigned int size = sizeof(int)
+    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0
 
 
 cdef bytes packed(object address):
@@ -1365,6 +1441,14 @@ cdef class Engine:
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
         w.receive_slot = FRAME if udp_gro else (mtu + PI_LENGTH + SLOT - 1) // SLOT * SLOT
+        w.tun_is_socket = burst_packets > 1 and not vnet_header and is_socket(tun_fd)
+        if w.tun_is_socket:
+            w.writes = <mmsghdr *>calloc(MAX_BURST, sizeof(mmsghdr))
+            w.write_vectors = <iovec *>calloc(MAX_BURST, sizeof(iovec))
+            if w.writes == NULL or w.write_vectors == NULL:
+                raise MemoryError("fasttun: no memory for a worker's messages")
+            for i in range(MAX_BURST):
+                w.writes[i].msg_hdr.msg_iovlen = 1
         w.arena_size = burst_packets * w.slot
         if vnet_header:
             w.arena_size = FRAMES_BYTES + FRAME + segment_out_size(PI_LENGTH, 0)
@@ -1373,6 +1457,7 @@ cdef class Engine:
             w.coalescer = <coalescer_t *>calloc(1, sizeof(coalescer_t))
             if w.frame == NULL or w.split == NULL or w.coalescer == NULL:
                 raise MemoryError("fasttun: no memory for a worker's frames")
+            # Fixed IDs too: senders with DF may repeat one (RFC 6864 §4.1), Linux's UDP does.
             coalescer_init(w.coalescer, True, join_udp, True)
         w.arena = <uint8_t *>calloc(1, w.arena_size)
         w.messages = <mmsghdr *>calloc(MAX_MESSAGES, sizeof(mmsghdr))
@@ -1407,6 +1492,8 @@ cdef class Engine:
             free(self.w.arena)
             free(self.w.frame)
             free(self.w.split)
+            free(self.w.writes)
+            free(self.w.write_vectors)
             free(self.w.coalescer)
             free(self.w.messages)
             free(self.w.vectors)

@@ -54,7 +54,10 @@ cdef extern from *:
         SOL_UDP
         UDP_SEGMENT
         UDP_GRO
+        SOL_SOCKET
+        SO_TYPE
         MSG_DONTWAIT
+        MSG_NOSIGNAL
         MSG_TRUNC
         POLLIN
         POLLOUT

@@ -11,14 +11,16 @@ import base64
 import binascii
 import hmac
 import os
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from nacl import bindings
 from nacl.exceptions import CryptoError
-from typing_extensions import Self
 
 from ..errors import ConfigurationError
 from .refusal import Refused
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ["KEY_LENGTH", "PresharedKey", "PrivateKey", "PublicKey", "wipe"]
 

@@ -38,7 +38,6 @@ from support.tunnels import (
 )
 
 import fasttun.forwarder
-from fasttun._core import Engine, PeerTable
 from fasttun import (
     ConfigurationError,
     DeviceError,
@@ -48,6 +47,7 @@ from fasttun import (
     StateError,
     TunnelConfig,
 )
+from fasttun._core import Engine, PeerTable
 
 OUT = ip_packet("10.7.0.1", "10.7.0.2", b"outbound")
 IN = ip_packet("10.7.0.2", "10.7.0.1", b"inbound")
@@ -971,6 +971,7 @@ def test_an_owner_that_answers_is_not_moved(pipe, listener, udp):
 
 def test_keepalives_keep_an_idle_peer(pipe, udp, peer):
     """A client that says nothing but its greetings stays known; one that is mute does not."""
+    pipe.tunnel.setblocking(False)
     table = PeerTable(family=int(socket.AF_INET), expiry_s=0.5)
     engine = Engine(table, tun_fd=pipe.fd, udp_fd=udp.fileno())
     thread = threading.Thread(target=engine.run)
