@@ -15,6 +15,7 @@ This file is the order of events and the JSON; the tunnels are in tunnels.py, th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -123,7 +124,8 @@ def _congestions(wanted: str) -> dict[str, str | None]:
     """Each congestion control that was asked for, with the reason where the kernel has none."""
     answer: dict[str, str | None] = {}
     for name in filter(None, wanted.split(",")):
-        subprocess.run(["modprobe", "-q", f"tcp_{name}"], capture_output=True, check=False)
+        with contextlib.suppress(FileNotFoundError):  # built in, or not to be had
+            subprocess.run(["modprobe", "-q", f"tcp_{name}"], capture_output=True, check=False)
         available = Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_text().split()
         answer[name] = None if name in available else "this kernel does not have it"
         if answer[name]:

@@ -24,11 +24,11 @@ from fasttun._native.coalesce cimport (
 )
 from fasttun._native.counters cimport *
 from fasttun._native.endpoint cimport *
-from fasttun._native.icmp cimport TOO_BIG_MAX, too_big
+from fasttun._native.icmp cimport too_big
 from fasttun._native.packet cimport *
 from fasttun._native.peers cimport *
 from fasttun._native.segment cimport (
-    SEGMENT_MAX_PACKETS, SEGMENT_TOO_LONG, segment_frame, segment_out_size, segments_t,
+    SEGMENT_MAX_PACKETS, segment_frame, segment_out_size, segments_t,
 )
 from fasttun._native.stun cimport *
 from fasttun._native.system cimport *
@@ -422,7 +422,7 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
     cdef size_t i, at, length
     cdef uint8_t *data
     cdef ssize_t sent
-    cdef int error, attempt
+    cdef int error, _attempt
     i = 0
     at = 0
     while i < header.msg_iovlen:
@@ -435,7 +435,7 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
         if at == header.msg_iov[i].iov_len:
             i += 1
             at = 0
-        for attempt in range(2):
+        for _attempt in range(2):
             w.counters.calls[CALL_SENDMMSG] += 1
             sent = send_from(w, data, length, header.msg_name, header.msg_namelen, &group.local)
             if sent >= 0:
@@ -649,13 +649,13 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
     cdef size_t used = 0
     cdef size_t i, size
     cdef ssize_t length
-    cdef int version, reads, result
+    cdef int version, _reads, result
     cdef uint32_t head
     vectors[0].iov_base = &vnet
     vectors[0].iov_len = VNET_HEADER_LENGTH
     vectors[1].iov_base = w.frame
     vectors[1].iov_len = FRAME
-    for reads in range(w.burst):
+    for _reads in range(w.burst):
         if used > FRAMES_BYTES or w.message_count > MAX_MESSAGES - SEGMENT_MAX_PACKETS \
                 or w.vector_count > MAX_MESSAGES - SEGMENT_MAX_PACKETS:
             return 0

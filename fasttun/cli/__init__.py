@@ -23,7 +23,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
         status = _run(words)
-        sys.stdout.flush()
     except BrokenPipeError:
         _forget_stdout()
         return 1  # the reader, `head` for one, had enough
@@ -33,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         return _tell(error)
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _forget_stdout()
+        return 1
+    except OSError:  # a terminal that has hung up: what was to be said there changes nothing about the work
+        _forget_stdout()
     return status
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -252,7 +252,7 @@ class Interface:
         owner = self._indices.get(local_index)
         if owner is None or owner.keypair is None:
             return []
-        peer, keypair = owner
+        peer, keypair = owner.peer, owner.keypair
         outputs: list[Output] = []
         pushed_out = peer.keypairs.confirm(keypair)
         if pushed_out is not None:
@@ -448,7 +448,7 @@ class Interface:
         return [HandshakeDone(peer, wall)]
 
     def _learn_endpoint(self, peer: Peer, source: Endpoint) -> list[Output]:
-        """Roam: only for what was authentic (§6.5 of the paper's first version: outer source of valid packets)."""
+        """Roam (paper §2.1). Only to be called for what was authentic."""
         if peer.endpoint == source:
             return []
         peer.endpoint = source

@@ -6,7 +6,6 @@ The host is the engine with its sockets, or `software.SoftwareTunnel` in tests.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Union
 
 from ..endpoint import Endpoint
 from .keypairs import Keypair
@@ -92,6 +91,7 @@ class Drop:
     reason: str
 
 
-Output = Union[
-    Send, InstallKeypair, ActivateKeypair, RemoveKeypair, SendKeepalive, DropQueue, EndpointLearned, HandshakeDone, Drop
-]
+Output = (
+    Send | InstallKeypair | ActivateKeypair | RemoveKeypair | SendKeepalive | DropQueue | EndpointLearned
+    | HandshakeDone | Drop
+)

@@ -6,10 +6,12 @@ import hashlib
 import json
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,17 @@ def test_ecn_marks_and_extension_headers_cross(lab: Lab) -> None:
             client.sendto(b"x" * size, ("fd07::1", 9))
             assert len(server.recv(65536)) == size
     run.end()
+
+
+def test_bulk_costs_far_less_than_a_call_a_packet(lab: Lab) -> None:
+    run = Run(lab)
+    transfer(run.b, run.a, "10.7.0.1")
+    for process in run.processes:
+        process.send_signal(signal.SIGUSR1)
+    time.sleep(0.5)
+    for log in run.end():
+        (calls,) = [entry["system_calls"] for entry in log if "system_calls" in entry]
+        moved = max(entry["packets_out"] for entry in log if "direction" in entry)
+        assert moved > SIZE / 1500
+        # Two calls a packet without offloads; a frame of 64 KiB holds 45.
+        assert sum(calls.values()) < moved / 2, (calls, moved)

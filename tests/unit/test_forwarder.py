@@ -844,7 +844,7 @@ def test_a_flood_balances_to_the_packet_and_keeps_its_order(gso, gro, batch):
         assert sent.outbound.packets_in == count
     stats = listener.stats()
     assert_balanced(stats)
-    assert client.stats().outbound.packets_out - stats.inbound.packets_in <= count // 2, "loopback lost too much"
+    assert 100 < len(got) <= stats.inbound.packets_in <= client.stats().outbound.packets_out == count
     position = {packet: number for number, packet in enumerate(packets)}
     order = [position[packet] for packet in got]
     assert order == sorted(order)
