@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import TextIO
 
 __all__ = ["main"]
 
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status = _run(words)
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(sys.stdout)
         return 1  # the reader, `head` for one, had enough
     except SystemExit as stop:  # click's own way out of the same
         return stop.code if isinstance(stop.code, int) else 1
@@ -35,10 +36,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         sys.stdout.flush()
     except BrokenPipeError:
-        _forget_stdout()
+        _forget(sys.stdout)
         return 1
+    except OSError:
+        _forget(sys.stdout)
+    try:
+        sys.stderr.flush()
     except OSError:  # a terminal that has hung up: what was to be said there changes nothing about the work
-        _forget_stdout()
+        _forget(sys.stderr)
     return status
 
 
@@ -77,8 +82,8 @@ def _tell(error: Exception) -> int:
     return status
 
 
-def _forget_stdout() -> None:
-    """Keep the interpreter's own flush at exit from complaining about the closed pipe."""
+def _forget(stream: TextIO) -> None:
+    """Keep the interpreter's own flush at exit from complaining about a pipe or terminal that is closed."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    os.dup2(nowhere, stream.fileno())
     os.close(nowhere)
