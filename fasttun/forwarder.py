@@ -456,7 +456,7 @@ class Forwarder:
         """Takes the workers' events, greets the server, forgets the silent. Sleeps when nothing is due."""
         table = self._table
         assert table is not None
-        known_server = False
+        told_of: Endpoint | None = None
         expire_at = time.monotonic() + EXPIRE_EVERY_S
         poll = select.poll()  # select() takes no descriptor above 1023
         poll.register(table.notify_fd, select.POLLIN)
@@ -472,13 +472,15 @@ class Forwarder:
                 continue
             if self._state not in ("starting", "running"):
                 return  # the resolver took its time, and what follows is closed
-            if not self.config.listen and not known_server:
-                peers = self.peers
-                known_server = bool(peers) and peers[0].silent_s != float("inf")
-                if known_server:
-                    self._tell_peer(peers[0])
-                else:
-                    wait = min(wait, 1.0)
+            if not self.config.listen:
+                for server in self.peers:
+                    if server.endpoint == told_of:
+                        continue
+                    if server.silent_s == math.inf:
+                        wait = min(wait, 1.0)
+                    else:
+                        told_of = server.endpoint
+                        self._tell_peer(server)
             poll.poll(math.ceil(wait * 1000))
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
@@ -502,6 +504,8 @@ class Forwarder:
                     peer: PeerStats | None) -> None:
         if kind == "greeted":
             log.debug("the server answers; it sees this host as %s", endpoint)
+            if self._greeter is not None:
+                self._greeter.answered()
         elif kind == "offload":
             name = OFFLOAD_NAMES[value >> 16]
             reason = f"off: given up at run time ({os.strerror(value & 0xffff)})"

@@ -49,11 +49,19 @@ class Greeter:
         self._since = now
         self._resolved = now
         self._ever_heard = False
+        self._answers = False
 
     @property
     def current(self) -> Endpoint:
         """The address in use."""
         return self._addresses[self._index]
+
+    def answered(self) -> None:
+        """A greeting was answered: from now on this server's silence means that it is gone.
+
+        lametun answers none; it may be silent for hours because it has nothing to say.
+        """
+        self._answers = True
 
     def replace(self, addresses: Sequence[Endpoint], now: float) -> Endpoint | None:
         """Takes a resolver's new answer; returns the address to move to when the one in use is gone."""
@@ -65,6 +73,7 @@ class Greeter:
             return None
         self._unanswered = 0
         self._due = self._since = now
+        self._answers = False
         return self.current
 
     def poll(self, now: float, silent_s: float) -> Step:
@@ -84,10 +93,12 @@ class Greeter:
         if now < self._due:
             return Step(False, None, resolve, self._due - now)
         move_to = None
-        if not heard and self._unanswered >= TRIES_BEFORE_NEXT and len(self._addresses) > 1:
+        is_gone = not heard and (self._answers or silent_s == inf)
+        if is_gone and self._unanswered >= TRIES_BEFORE_NEXT and len(self._addresses) > 1:
             self._index = (self._index + 1) % len(self._addresses)
             self._unanswered = 0
             self._since = now
+            self._answers = False
             move_to = self.current
         wait = KEEPALIVE_S if heard else FIRST_STEPS_S[min(self._unanswered, len(FIRST_STEPS_S) - 1)]
         self._unanswered += 1

@@ -257,7 +257,7 @@ class Interface:
         pushed_out = peer.keypairs.confirm(keypair)
         if pushed_out is not None:
             self._end_handshake(peer)
-            outputs.append(ActivateKeypair(peer, keypair))
+            outputs.append(ActivateKeypair(peer, keypair, confirm=False))
             outputs += self._remove(peer, pushed_out)
             outputs += self._handshake_done(peer, wall)
         outputs += self._learn_endpoint(peer, source)
@@ -365,8 +365,6 @@ class Interface:
             peer, keys, local_index=handshake.sender, remote_index=response.sender, now=now, initiator=True
         )
         outputs += self._handshake_done(peer, wall)
-        # The responder may not send before something came under the new keys (§5.4.6, §6.5).
-        outputs += self._keepalive(peer, now, wall)
         self._schedule(peer)
         return outputs
 
@@ -439,7 +437,8 @@ class Interface:
         pushed_out = peer.keypairs.install(keypair)
         outputs: list[Output] = [InstallKeypair(peer, keypair)]
         if initiator:
-            outputs.append(ActivateKeypair(peer, keypair))
+            peer.timers.authenticated_sent(now)
+            outputs.append(ActivateKeypair(peer, keypair, confirm=True))
         return outputs + self._remove(peer, pushed_out)
 
     def _handshake_done(self, peer: Peer, wall: float) -> list[Output]:

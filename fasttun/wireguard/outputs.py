@@ -36,10 +36,15 @@ class InstallKeypair:
 
 @dataclass(frozen=True)
 class ActivateKeypair:
-    """Send under `keypair` from now on, first of all what waits in the peer's queue."""
+    """Send under `keypair` from now on, first of all what waits in the peer's queue.
+
+    confirm: if nothing waits, send an empty packet, not to be reported back. The responder may not send before
+    something came under the new keys (paper §5.4.6, §6.5).
+    """
 
     peer: Peer
     keypair: Keypair
+    confirm: bool
 
 
 @dataclass(frozen=True)

@@ -114,11 +114,12 @@ class SoftwareTunnel:
             if isinstance(output, InstallKeypair):
                 self._keypairs[output.keypair.local_index] = (output.peer, output.keypair)
             elif isinstance(output, ActivateKeypair):
-                left += self._flush(output.peer, output.keypair, now, wall)
+                flush = self._keepalive if output.confirm else self._flush
+                left += flush(output.peer, output.keypair, now, wall)
             elif isinstance(output, RemoveKeypair):
                 self._keypairs.pop(output.keypair.local_index, None)
             elif isinstance(output, SendKeepalive):
-                left += self._keepalive(output, now, wall)
+                left += self._keepalive(output.peer, output.keypair, now, wall)
             elif isinstance(output, DropQueue):
                 self.drops["no-session"] += len(self._queues.pop(output.peer, ()))
             elif isinstance(output, Drop):
@@ -127,11 +128,11 @@ class SoftwareTunnel:
                 left.append(output)
         return left
 
-    def _keepalive(self, output: SendKeepalive, now: float, wall: float) -> list[Output | Received]:
-        if self._queues.get(output.peer):
-            return self._flush(output.peer, output.keypair, now, wall)
-        assert output.peer.endpoint is not None  # the interface asks for none without
-        return [Send(output.keypair.seal(b"", now), output.peer.endpoint, output.peer)]
+    def _keepalive(self, peer: Peer, keypair: Keypair, now: float, wall: float) -> list[Output | Received]:
+        if self._queues.get(peer):
+            return self._flush(peer, keypair, now, wall)
+        assert peer.endpoint is not None  # the interface asks for none without
+        return [Send(keypair.seal(b"", now), peer.endpoint, peer)]
 
     def _flush(self, peer: Peer, keypair: Keypair, now: float, wall: float) -> list[Output | Received]:
         queue = self._queues.get(peer)

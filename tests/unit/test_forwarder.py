@@ -1091,11 +1091,16 @@ def test_a_name_is_resolved_again_and_followed(pipe, monkeypatch):
     with Client(("127.0.0.1", 9)) as old, Client(("127.0.0.1", 9)) as new:
         addresses = [fasttun.Endpoint(*_endpoint(old))]
         monkeypatch.setattr(fasttun.forwarder, "resolve", lambda host, port: list(addresses))
-        with Forwarder(server="vpn.example", tun_fd=pipe.fd, framing="raw") as tunnel:
-            assert old.receive()[4:8] == COOKIE
+        told: list[PeerStats] = []
+        with Forwarder(server="vpn.example", tun_fd=pipe.fd, framing="raw", on_peer=told.append) as tunnel:
+            old.to = new.to = ("127.0.0.1", tunnel.local_port)
+            old.answer_check()
+            wait_until(lambda: told)
             addresses[:] = [fasttun.Endpoint(*_endpoint(new))]
             tunnel.resolve_again()
-            assert new.receive()[4:8] == COOKIE
+            new.answer_check()
+            wait_until(lambda: len(told) == 2)
+            assert [peer.endpoint.port for peer in told] == [old.port, new.port]
             pipe.send(OUT)
             assert new.receive() == OUT
             assert tunnel.peers[0].endpoint.port == new.port

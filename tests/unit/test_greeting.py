@@ -56,6 +56,7 @@ class World:
                 if self.answers(self.greeter.current, self.now):
                     self.heard = self.now + 0.01
                     self.speaks.append(self.heard)
+                    self.greeter.answered()
             # The caller may sleep shorter, never longer: a packet or an event wakes it.
             self.now += step.wait_s
             coming = [time for time in self.speaks if time < self.now]
@@ -104,6 +105,21 @@ def test_traffic_stands_in_for_greetings():
     assert all(time < START + 1 for time, _ in w.greetings)
     assert w.moves == []
     assert w.resolutions == []
+
+
+def test_a_lametun_server_with_nothing_to_say_is_not_left():
+    """It has spoken and then is idle for an hour: that is no reason to try another address."""
+    w = world(A, B, speaks=[START + 0.5 + second for second in range(60)])
+    w.run(START + 3600)
+    assert w.moves == []
+    assert w.greeter.current == A
+
+
+def test_a_server_that_used_to_answer_is_left_when_it_is_mute():
+    w = world(A, B, answers=lambda endpoint, now: endpoint == B or now < START + 100)
+    w.run(START + 400)
+    assert [endpoint for _, endpoint in w.moves] == [B]
+    assert w.moves[0][0] < START + 100 + SILENCE_S + 2 * KEEPALIVE_S
 
 
 def test_every_address_is_tried_in_turn():

@@ -57,7 +57,8 @@ def oracle(side: Side, preshared: PresharedKey, remote: PublicKey | None):
     else:
         noise.set_as_initiator()
         noise.set_keypair_from_public_bytes(keypair.REMOTE_STATIC, bytes(remote))
-    noise.start_handshake()
+    with pytest.warns(UserWarning, match="ephemeral keypairs"):
+        noise.start_handshake()
     return noise
 
 
