@@ -339,6 +339,36 @@ def test_two_hours_over_a_lossy_reordering_network(seed):
         assert not set(+node.drops) - {"unknown-index", "no-session", "queue-full"}
 
 
+def test_a_session_from_the_other_side_ends_our_own_attempt(network, pair):
+    a, b = pair
+    b.interface.set_endpoint(b.peer, a.where)
+    network.loss = 1.0
+    a.send(b"lost")
+    attempt = a.peer.handshake
+    network.loss = 0.0
+    b.send(b"x")
+    network.run(1.0)
+    assert a.peer.handshake is None
+    assert attempt._ephemeral.to_bytes() == bytes(32)
+    assert len(a.interface._indices) == 1
+    assert a.interface.consume(b.sent[-1][1], b.where, network.now, network.wall) == [Drop("data-not-expected")]
+
+
+def test_the_last_minute_wish_is_made_once_a_session(network, pair):
+    a, b = pair
+    a.send(b"x")
+    network.run(1.0)
+    index = a.peer.keypairs.current.local_index
+    network.run(164.5)
+
+    def receive() -> list:
+        return a.interface.data_received(index, b.where, network.now, network.wall, keepalive=True)
+
+    assert [type(output) for output in receive()] == [Send]
+    a.peer.timers.stop()  # so that only the note of it keeps a second one back
+    assert receive() == []
+
+
 def test_hundreds_of_peers_have_one_next_deadline(network):
     hub = Node(network, endpoint(1))
     spokes = []

@@ -50,6 +50,14 @@ def test_a_handshake_is_retried_with_jitter_until_it_is_given_up(timers):
     assert timers.next_deadline() == now + 540.0  # what is left of the attempt is wiped
 
 
+def test_giving_up_also_gives_up_the_keepalive(timers):
+    timers.handshake_wanted(0.0)
+    timers.initiation_sent(85.0)
+    timers.data_received(89.0)
+    assert timers.expire(95.0) == [E.GIVE_UP_HANDSHAKE]
+    assert timers.expire(300.0) == []
+
+
 def test_a_new_wish_prolongs_the_attempt(timers):
     timers.handshake_wanted(0.0)
     timers.initiation_sent(85.0)
