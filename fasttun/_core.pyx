@@ -93,8 +93,7 @@ ctypedef struct origin_t:
     int32_t peer
     uint32_t generation
     int framing
-    bint known_endpoint
-    bint allowed
+    int version
     bint valid
     uint64_t packets
     uint64_t bytes
@@ -747,8 +746,9 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
     cdef int32_t peer
     cdef int reason
     packet_source(packet, version, &source)
-    if origin.valid and origin.framing == framing and origin.source.low == source.low and \
-            origin.source.high == source.high and same_endpoint(&origin.endpoint, from_):
+    # The version too: an IPv6 source may spell an IPv4 one (::ffff:a.b.c.d), and must not pass for it.
+    if origin.valid and origin.framing == framing and origin.version == version and \
+            origin.source.low == source.low and origin.source.high == source.high and same_endpoint(&origin.endpoint, from_):
         origin.packets += 1
         origin.bytes += length
         return True
@@ -775,6 +775,7 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
         origin.peer = peer
         origin.generation = t.peers[peer].generation
         origin.framing = framing
+        origin.version = version
         origin.valid = True
         origin.packets = 1
         origin.bytes = length
