@@ -410,8 +410,11 @@ cdef void tell_too_big(worker_t *w, const uint8_t *packet, size_t length) noexce
 
 
 cdef bint is_fatal(int error) noexcept nogil:
-    """Whether a descriptor is gone: closed, no socket, its device deleted. All else is survived."""
-    return error in (EBADF, EBADFD, ENOTCONN, ENOTSOCK, ENODEV)
+    """Whether a descriptor is gone: closed, or no socket. All else is survived.
+
+    ENODEV is not among them: a socket reports it when an interface that a link-local peer was on has gone.
+    """
+    return error in (EBADF, EBADFD, ENOTCONN, ENOTSOCK)
 
 
 cdef int send_singly(worker_t *w, int index) noexcept nogil:
@@ -748,7 +751,8 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
     packet_source(packet, version, &source)
     # The version too: an IPv6 source may spell an IPv4 one (::ffff:a.b.c.d), and must not pass for it.
     if origin.valid and origin.framing == framing and origin.version == version and \
-            origin.source.low == source.low and origin.source.high == source.high and same_endpoint(&origin.endpoint, from_):
+            origin.source.low == source.low and origin.source.high == source.high and \
+            same_endpoint(&origin.endpoint, from_):
         origin.packets += 1
         origin.bytes += length
         return True
@@ -1288,48 +1292,65 @@ cdef class PeerTable:
 
     def peers(self):
         """A list of dicts, one a peer, by age in the table; `silent_s` is None before the first datagram."""
-        cdef int32_t i, owner
+        cdef table_t *t = self.t
+        cdef int32_t peer_count = 1 if t.fixed else t.peer_capacity
+        cdef int32_t entry_count = 0 if t.fixed else t.entry_capacity
+        cdef int32_t i
         cdef uint64_t now
         cdef peer_t *peer
+        cdef peer_t *peers = <peer_t *>calloc(peer_count, sizeof(peer_t))
+        cdef entry_t *entries = <entry_t *>calloc(entry_count + 1, sizeof(entry_t))
         found = {}
-        self.acquire()
         try:
-            now = now_ns()
-            for i in range(self.t.peer_capacity if self.t.peer_count else 0):
-                peer = &self.t.peers[i]
-                if not peer.used or (not self.t.fixed and is_expired(self.t, i, now)):
+            if peers == NULL or entries == NULL:
+                raise MemoryError("fasttun: no memory for a snapshot of the peers")
+            # Copied first: no Python code may run under a lock that workers and signal handlers take too.
+            with nogil:
+                pthread_mutex_lock(&t.lock)
+                now = now_ns()
+                memcpy(peers, t.peers, peer_count * sizeof(peer_t))
+                memcpy(entries, t.entries, entry_count * sizeof(entry_t))
+                pthread_mutex_unlock(&t.lock)
+            for i in range(peer_count):
+                peer = &peers[i]
+                if not peer.used or (not t.fixed and has_expired(t, peer, now)):
                     continue
                 found[i] = {
                     "endpoint": endpoint_value(&peer.endpoint),
-                    "framing": FRAMING_NAMES[self.t.framing or peer.framing],
+                    "framing": FRAMING_NAMES[t.framing or peer.framing],
                     "addresses": [],
                     "inbound_packets": peer.inbound_packets, "inbound_bytes": peer.inbound_bytes,
                     "outbound_packets": peer.outbound_packets, "outbound_bytes": peer.outbound_bytes,
                     "silent_s": silence(now, max(peer.heard_ns, peer.kept_ns)) if peer.heard_ns else None,
                 }
-            for i in range(self.t.entry_capacity if self.t.entry_count else 0):
-                if self.t.entries[i].used and self.t.entries[i].peer in found:
-                    owner = self.t.entries[i].peer
-                    found[owner]["addresses"].append(unpacked(&self.t.entries[i].address))
+            for i in range(entry_count):
+                if entries[i].used and entries[i].peer in found:
+                    found[entries[i].peer]["addresses"].append(unpacked(&entries[i].address))
         finally:
-            self.release()
+            free(peers)
+            free(entries)
         return list(found.values())
 
     def events(self):
         """Takes the events since the last call: tuples (kind, endpoint, inner address, value)."""
+        cdef event_t[256] events
         cdef event_t *event
-        cdef uint64_t count
-        taken = []
-        read(self.notify_fd, &count, 8)
-        self.acquire()
-        try:
+        cdef uint64_t wakes
+        cdef int i
+        cdef int count = 0
+        with nogil:
+            read(self.notify_fd, &wakes, 8)
+            pthread_mutex_lock(&self.t.lock)
             while self.t.event_tail != self.t.event_head:
-                event = &self.t.events[self.t.event_tail & (EVENT_RING - 1)]
-                taken.append((EVENT_NAMES[event.kind], endpoint_value(&event.endpoint),
-                              unpacked(&event.address), event.value))
+                events[count] = self.t.events[self.t.event_tail & (EVENT_RING - 1)]
                 self.t.event_tail += 1
-        finally:
-            self.release()
+                count += 1
+            pthread_mutex_unlock(&self.t.lock)
+        taken = []
+        for i in range(count):
+            event = &events[i]
+            taken.append((EVENT_NAMES[event.kind], endpoint_value(&event.endpoint),
+                          unpacked(&event.address), event.value))
         return taken
 
     @property

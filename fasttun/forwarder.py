@@ -111,7 +111,7 @@ class Forwarder:
         """Bytes of the largest inner packet; 0 before `start()` when it is derived from the path."""
         self._on_peer = on_peer
         self._before_threads = before_threads
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may call stop() inside start()
         self._ended = threading.Event()
         self._on_end: list[Callable[[], object]] = []
         self._state = "new"
@@ -534,14 +534,16 @@ class Forwarder:
         if step.resolve:
             log.info("the server has been silent; resolving %s again", self.config.server)
             self._take_new_addresses()
-        if step.greet:
+        if step.greet and self._state in ("starting", "running"):
             self._send_greeting(self._greeter.current)
         return step.wait_s
 
     def _send_greeting(self, server: Endpoint) -> None:
-        assert self._table is not None
+        table = self._table
+        if table is None:  # stopped while the resolver was asked
+            return
         transaction = os.urandom(12)
-        self._table.set_greeting(transaction)
+        table.set_greeting(transaction)
         sock = self._sockets[0]
         request = b"\x00\x01\x00\x00\x21\x12\xa4\x42" + transaction  # RFC 8489 §5: Binding, no attributes
         with contextlib.suppress(OSError):  # the network may be down: the next greeting comes by itself
@@ -563,12 +565,14 @@ class Forwarder:
             self._move_server(moved)
 
     def _move_server(self, server: Endpoint) -> None:
-        assert self._table is not None
+        table = self._table
+        if table is None:
+            return
         try:
             self._pin(server)
         except FasttunError as error:
             log.warning("%s", error)
-        self._table.set_server(server.host, server.port, server.scope_id)
+        table.set_server(server.host, server.port, server.scope_id)
 
     def resolve_again(self) -> None:
         """Has the server's name resolved again, soon and in a thread of the tunnel. Nothing without a name."""
@@ -612,19 +616,21 @@ class Forwarder:
 
     def stats(self) -> Stats:
         """A snapshot of all counters; after `stop()` the last one."""
-        if self._final is not None:
-            return self._final
-        counters = [engine.counters() for engine in self._engines]
+        # Taken in this order, because stop() sets the last snapshot before it lets go of what it was made from.
+        engines, table, final = self._engines, self._table, self._final
+        if final is not None:
+            return final
+        counters = [engine.counters() for engine in engines]
         offloads = dict(self._offloads)
         return Stats(
             uptime_s=time.monotonic() - self._started_at if self._started_at else 0.0,
             outbound=_direction([c["outbound"] for c in counters]),
             inbound=_direction([c["inbound"] for c in counters]),
-            peers=self.peers,
+            peers=_peers(table) if table is not None else (),
             system_calls=_total(c["calls"] for c in counters),
             errors=_total(c["errors"] for c in counters),
             offloads=offloads,
-            events_lost=self._table.events_lost if self._table is not None else 0,
+            events_lost=table.events_lost if table is not None else 0,
         )
 
 

@@ -246,8 +246,12 @@ cdef inline bint is_older(uint64_t now, uint64_t then, uint64_t age_ns) noexcept
     return now > then and now - then > age_ns
 
 
+cdef inline bint has_expired(const table_t *t, const peer_t *peer, uint64_t now) noexcept nogil:
+    return is_older(now, peer.heard_ns, t.expiry_ns) and is_older(now, peer.kept_ns, t.expiry_ns)
+
+
 cdef inline bint is_expired(table_t *t, int32_t peer, uint64_t now) noexcept nogil:
-    return is_older(now, t.peers[peer].heard_ns, t.expiry_ns) and is_older(now, t.peers[peer].kept_ns, t.expiry_ns)
+    return has_expired(t, &t.peers[peer], now)
 
 
 cdef inline int expire_peers(table_t *t, uint64_t now) noexcept nogil:
