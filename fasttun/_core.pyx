@@ -123,7 +123,6 @@ ctypedef struct worker_t:
     uint64_t busy_poll_ns
     int burst
     int receive
-    int mtu
     size_t slot
     size_t receive_slot
     table_t *table
@@ -1452,7 +1451,6 @@ cdef class Engine:
         w.table = table.t
         w.notify_fd = table.notify_fd
         w.connected = connected
-        w.mtu = mtu
         w.burst = burst_packets
         w.gso = udp_gso
         w.gro = udp_gro

@@ -113,6 +113,8 @@ class Forwarder:
         self._before_threads = before_threads
         self._lock = threading.RLock()  # a signal handler may call stop() inside start()
         self._ended = threading.Event()
+        self._closed = threading.Event()
+        self._closer: threading.Thread | None = None
         self._on_end: list[Callable[[], object]] = []
         self._state = "new"
         self._stop_asked = False
@@ -153,26 +155,35 @@ class Forwarder:
     def stop(self) -> None:
         """Ends forwarding and puts back devices, addresses and routes. May be called twice, from any thread.
 
-        While another thread is inside `start()` it returns at once; that `start()` then ends the tunnel.
+        While another thread is inside `start()` it returns at once; that `start()` then ends the tunnel. While
+        another is inside `stop()` it waits for that to end, except in a thread of the tunnel (`on_peer`).
         """
+        here = threading.current_thread()
         with self._lock:
             if self._state == "new":
                 self._state = "closed"
+                self._closed.set()
                 self._ended.set()
             if self._state == "starting":
                 self._stop_asked = True
-            if self._state != "running":
-                return
-            self._state = "closing"
-        self._tear_down()
+            mine = self._state == "running"
+            if mine:
+                self._closer = here  # first: a signal handler may come in between, and must not wait for itself
+                self._state = "closing"
+            others = self._state == "closing" and not mine and self._closer is not here
+        if mine:
+            self._tear_down()
+        elif others and here is not self._watcher and here not in self._threads:
+            # Leaving early could end the process before the other thread has put everything back.
+            self._closed.wait()
 
     def _tear_down(self) -> None:
         """Ends the threads that there are and undoes what was set up; then everyone who waits is told."""
         self._state = "closing"
+        here = self._closer = threading.current_thread()
         try:
             for engine in self._engines:
                 engine.stop()
-            here = threading.current_thread()
             for thread in self._threads:
                 if thread is not here:
                     thread.join()
@@ -186,6 +197,7 @@ class Forwarder:
                 self._undo.close()
             finally:
                 self._state = "closed"
+                self._closed.set()
                 self._finish()
 
     close = stop
@@ -310,7 +322,7 @@ class Forwarder:
             thread = threading.Thread(target=self._work, args=(engine,), name=f"fasttun-{number}", daemon=True)
             self._threads.append(thread)
             thread.start()
-        self._watcher = threading.Thread(target=self._watch, name="fasttun-watch", daemon=True)
+        self._watcher = threading.Thread(target=self._keep_watch, name="fasttun-watch", daemon=True)
         self._watcher.start()
 
     def _open_sockets(self, servers: list[Endpoint]) -> bool:
@@ -451,6 +463,14 @@ class Forwarder:
             for engine in self._engines:
                 engine.stop()
             self._finish()
+
+    def _keep_watch(self) -> None:
+        try:
+            self._watch()
+        except BaseException as error:  # a tunnel that greets nobody any more must not look healthy
+            if self._state in ("starting", "running"):
+                log.exception("the watcher ended unexpectedly")
+                self._fail(StateError(f"the watcher ended: {error!r}"))
 
     def _watch(self) -> None:
         """Takes the workers' events, greets the server, forgets the silent. Sleeps when nothing is due."""

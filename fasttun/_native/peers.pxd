@@ -324,13 +324,14 @@ cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, 
             owner.first_check_ns = now
             owner.last_check_ns = now
     elif owner.checks < CHECKS_NEEDED:
-        if now - owner.last_check_ns < t.patience_ns // 3:
+        if not is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1):
             return
         make_check(t, &owner.endpoint, &owner.local, entry, now, check)
         if check.wanted:
             owner.checks += 1
             owner.last_check_ns = now
-    elif now - owner.first_check_ns >= t.patience_ns and now - owner.last_check_ns >= t.patience_ns // 3:
+    elif is_older(now, owner.first_check_ns, t.patience_ns - 1) and \
+            is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1):
         make_check(t, claimant, local, entry, now, check)
 
 
@@ -408,7 +409,8 @@ cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const uint8
     if owner == peer:
         heard_from(t, owner, FRAMING_RAW, now)
         return True
-    if t.peers[owner].checks < CHECKS_NEEDED or now - t.peers[owner].first_check_ns < t.patience_ns:
+    if t.peers[owner].checks < CHECKS_NEEDED or \
+            not is_older(now, t.peers[owner].first_check_ns, t.patience_ns - 1):
         return True
     if peer < 0:
         peer = add_peer(t, from_, now)

@@ -541,3 +541,20 @@ def test_two_workers_carry_many_flows(lab):
         assert failed == []
         for stats in (listener.stop(), client.stop()):
             assert_counted(stats)
+
+
+def test_the_interface_of_a_link_local_peer_goes_and_the_tunnel_stays(lab):
+    hub, near, far = lab.namespace("hub"), lab.namespace("near"), lab.namespace("far")
+    first, second = lab.link(hub, near), lab.link(hub, far)
+    found = next(address["local"] for entry in hub.ip_json("address", "show", "dev", first.a.device)
+                 for address in entry["addr_info"] if address["scope"] == "link" and address["family"] == "inet6")
+    with tunnel(hub, listen=True, address=NEAR) as listener, \
+            tunnel(near, server=f"{found}%{first.b.device}", address=FAR), \
+            tunnel(far, server=second.a.v4, address="10.7.0.3/24"):
+        reaches(near, "10.7.0.1")
+        reaches(far, "10.7.0.1")
+        hub.ip("link", "del", first.a.device)
+        hub.run(["ping", "-n", "-c2", "-i0.2", "-W1", "10.7.0.2"], check=False)
+        assert listener.running, "the socket's ENODEV is not the TUN's"
+        reaches(far, "10.7.0.1")
+        assert any(listener.stats().errors.get(name) for name in ("ENODEV", "ENETUNREACH", "EINVAL"))

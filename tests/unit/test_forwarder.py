@@ -1210,3 +1210,40 @@ def test_sigint_ends_run_in_the_main_thread():
     finally:
         process.kill()
         process.communicate()
+
+
+def test_a_signal_handler_may_ask_for_the_peers_at_any_moment(pipe):
+    with bind_udp() as udp, Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno()) as tunnel:
+        seen = []
+        former = signal.signal(signal.SIGALRM, lambda *_: seen.append((tunnel.peers, tunnel.stats())))
+        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        try:
+            deadline = time.monotonic() + 1
+            while time.monotonic() < deadline:
+                tunnel.stats()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, former)
+    assert len(seen) > 10
+
+
+def test_stop_waits_for_the_stop_that_is_under_way(pipe):
+    with bind_udp() as udp:
+        tunnel = Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno())
+        tunnel.start()
+        undone = []
+        tunnel._undo.callback(lambda: (time.sleep(0.3), undone.append(True)))
+        other = threading.Thread(target=tunnel.stop)
+        other.start()
+        while tunnel._state == "running":
+            time.sleep(0.001)
+        tunnel.stop()
+        assert undone, "returned before all was put back"
+        other.join()
+
+
+def test_a_watcher_that_fails_ends_the_tunnel(pipe, monkeypatch):
+    monkeypatch.setattr(Forwarder, "_watch", lambda self: 1 / 0)
+    with bind_udp() as udp, Forwarder(listen=True, tun_fd=pipe.fd, udp_fd=udp.fileno()) as tunnel, \
+            pytest.raises(StateError, match="watcher"):
+        tunnel.wait(5)
