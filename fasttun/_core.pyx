@@ -267,7 +267,7 @@ cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, cons
             if stun_mapped(data, length, &mapped):
                 news = table_event(t, EVENT_GREETED, &mapped, NULL, 0)
     else:
-        check_answered(t, from_, data + 8, now, &news)
+        check_answered(t, from_, local, data + 8, now, &news)
     pthread_mutex_unlock(&t.lock)
     w.news = w.news or news
     if answer and endpoint_to_sockaddr(from_, w.family, &to):
@@ -744,7 +744,7 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
     cdef table_t *t = w.table
     cdef origin_t *origin = &w.origin
     cdef address_t source
-    cdef check_t check
+    cdef check_t[2] checks
     cdef int32_t peer
     cdef int reason
     packet_source(packet, version, &source)
@@ -755,7 +755,8 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
         origin.packets += 1
         origin.bytes += length
         return True
-    check.wanted = False
+    checks[0].wanted = False
+    checks[1].wanted = False
     pthread_mutex_lock(&t.lock)
     settle_origin(w)
     reason = -1
@@ -765,7 +766,7 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
     elif not t.fixed and (not can_be_source(packet, version) or is_own(t, &source)):
         reason = DROP_MARTIAN
     else:
-        peer = admit(t, from_, local, &source, framing, now, &check, &w.news)
+        peer = admit(t, from_, local, &source, framing, now, checks, &w.news)
         if peer == ADMIT_STRANGER:
             reason = DROP_STRANGER
         elif peer == ADMIT_UNPROVEN:
@@ -783,8 +784,10 @@ cdef bint may_enter(worker_t *w, const endpoint_t *from_, const address_t *local
         origin.packets = 1
         origin.bytes = length
     pthread_mutex_unlock(&t.lock)
-    if check.wanted:
-        send_check(w, &check)
+    if checks[0].wanted:
+        send_check(w, &checks[0])
+    if checks[1].wanted:
+        send_check(w, &checks[1])
     if reason >= 0:
         w.counters.inbound.drops[reason] += 1
         return False
@@ -1360,38 +1363,43 @@ cdef class PeerTable:
     # The three below are the loop's own steps with the clock in the caller's hand, for tests.
 
     def admit(self, endpoint, address, str framing, unsigned long long at_ns):
-        """What the loop does with a packet: (peer's index or reason below zero, check or None).
+        """What the loop does with a packet: (peer's index or reason below zero, list of checks).
 
-        A check is ((host, port, scope_id), transaction) of the Binding request that would be sent.
+        A check is ((host, port, scope_id), transaction) of a Binding request that would be sent.
         """
         cdef endpoint_t from_
         cdef address_t source
         cdef address_t local
-        cdef check_t check
+        cdef check_t[2] checks
         cdef bint news = False
         cdef int32_t peer
+        cdef int i
         memset(&local, 0, sizeof(address_t))
         set_endpoint_value(&from_, endpoint)
         set_address(&source, address)
-        check.wanted = False
+        memset(checks, 0, sizeof(checks))
         self.acquire()
-        peer = admit(self.t, &from_, &local, &source, FRAMING_CODES[framing], at_ns, &check, &news)
+        peer = admit(self.t, &from_, &local, &source, FRAMING_CODES[framing], at_ns, checks, &news)
         self.release()
-        if not check.wanted:
-            return peer, None
-        endpoint_from_sockaddr(&from_, check.to.bytes, check.to.length)
-        return peer, (endpoint_value(&from_), check.transaction[:TRANSACTION_SIZE])
+        sent = []
+        for i in range(2):
+            if checks[i].wanted:
+                endpoint_from_sockaddr(&from_, checks[i].to.bytes, checks[i].to.length)
+                sent.append((endpoint_value(&from_), checks[i].transaction[:TRANSACTION_SIZE]))
+        return peer, sent
 
     def check_answered(self, endpoint, bytes transaction, unsigned long long at_ns):
         """What the loop does with a Binding success; whether the transaction was one sent there."""
         cdef endpoint_t from_
         cdef bint news = False
         cdef bint ours
+        cdef address_t local
+        memset(&local, 0, sizeof(address_t))
         set_endpoint_value(&from_, endpoint)
         if len(transaction) != TRANSACTION_SIZE:
             raise ConfigurationError("transaction", "is not 12 bytes")
         self.acquire()
-        ours = check_answered(self.t, &from_, <const uint8_t *><const char *>transaction, at_ns, &news)
+        ours = check_answered(self.t, &from_, &local, <const uint8_t *><const char *>transaction, at_ns, &news)
         self.release()
         return ours
 

@@ -31,7 +31,11 @@ cdef enum:
 
 cdef enum:
     CHECKS_NEEDED = 2
-    # unanswered checks of the present owner before a claimant is asked
+    # unanswered checks of the present owner before its address may move
+
+cdef enum:
+    PROOF_NS = 8000000000
+    # how long a claimant's answer counts: about as long as the check that it answers
 
 cdef enum:
     ADMIT_STRANGER = -1
@@ -68,6 +72,9 @@ ctypedef struct peer_t:
 
 ctypedef struct entry_t:
     address_t address
+    endpoint_t candidate
+    # the last claimant that has answered a check, and when; 0 for none
+    uint64_t proven_ns
     int32_t peer
     int32_t next
     uint8_t used
@@ -311,36 +318,57 @@ cdef inline void make_check(table_t *t, const endpoint_t *to, const address_t *l
     check.wanted = True
 
 
+cdef inline bint is_mute(const table_t *t, const peer_t *owner, uint64_t now) noexcept nogil:
+    """Whether the owner has left two checks unanswered, the first for all the patience, and not said a word."""
+    return owner.checks >= CHECKS_NEEDED and is_older(now, owner.first_check_ns, t.patience_ns - 1) \
+        and is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1)
+
+
 cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, const address_t *local,
-                         uint64_t now, check_t *check) noexcept nogil:
-    """`claimant` sends from an address that another endpoint owns. Ask the owner; if it is mute, ask him."""
+                         uint64_t now, check_t *checks) noexcept nogil:
+    """`claimant` sends from an address that another endpoint owns: asks the owner, and if it is slow, him too.
+
+    Both at a time, so that senders that back off (TCP) need few claims. checks: room for two.
+    """
     cdef peer_t *owner = &t.peers[t.entries[entry].peer]
-    if not is_older(now, owner.heard_ns, t.patience_ns - 1):
-        return
-    if owner.checks == 0:
-        make_check(t, &owner.endpoint, &owner.local, entry, now, check)
-        if check.wanted:
-            owner.checks = 1
-            owner.first_check_ns = now
-            owner.last_check_ns = now
-    elif owner.checks < CHECKS_NEEDED:
-        if not is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1):
-            return
-        make_check(t, &owner.endpoint, &owner.local, entry, now, check)
-        if check.wanted:
+    if owner.checks and is_older(now, owner.first_check_ns, t.patience_ns // 5 - 1):
+        make_check(t, claimant, local, entry, now, &checks[1])
+    if owner.checks == 0 or (owner.checks < CHECKS_NEEDED
+                             and is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1)):
+        make_check(t, &owner.endpoint, &owner.local, entry, now, &checks[0])
+        if checks[0].wanted:
+            if owner.checks == 0:
+                owner.first_check_ns = now
             owner.checks += 1
             owner.last_check_ns = now
-    elif is_older(now, owner.first_check_ns, t.patience_ns - 1) and \
-            is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1):
-        make_check(t, claimant, local, entry, now, check)
+
+
+cdef inline int32_t move_entry(table_t *t, int32_t entry, const endpoint_t *to, const address_t *local,
+                               uint64_t now) noexcept nogil:
+    """Gives the address to `to`: its peer's index, or -1 when there is no room for it."""
+    cdef int32_t owner = t.entries[entry].peer
+    cdef int32_t peer = find_peer(t, to)
+    if peer < 0:
+        peer = add_peer(t, to, now)
+    if peer < 0 or t.peers[peer].addresses >= MAX_ADDRESSES_A_PEER:
+        return -1
+    t.entries[entry].peer = peer
+    t.entries[entry].proven_ns = 0
+    t.peers[peer].addresses += 1
+    t.peers[peer].local = local[0]
+    heard_from(t, peer, FRAMING_RAW, now)
+    t.peers[owner].addresses -= 1
+    if t.peers[owner].addresses == 0:
+        remove_peer(t, owner)
+    return peer
 
 
 cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *local,
-                          const address_t *source, int framing, uint64_t now, check_t *check,
+                          const address_t *source, int framing, uint64_t now, check_t *checks,
                           bint *news) noexcept nogil:
     """The peer to which a packet from `source`, received from `from_` at `local`, belongs; or ADMIT_* below 0.
 
-    Learns a free address at once. `check.wanted`: a Binding request is to be sent. `news`: set when an
+    Learns a free address at once. checks: two; where `wanted`, a Binding request is to be sent. `news`: set when an
     event was posted.
     """
     cdef int32_t peer, entry, owner, bucket
@@ -358,7 +386,15 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
             heard_from(t, peer, framing, now)
             return peer
         if not is_expired(t, owner, now):
-            contest(t, entry, from_, local, now, check)
+            if t.entries[entry].proven_ns and same_endpoint(&t.entries[entry].candidate, from_) \
+                    and not is_older(now, t.entries[entry].proven_ns, PROOF_NS) \
+                    and is_mute(t, &t.peers[owner], now):
+                peer = move_entry(t, entry, from_, local, now)
+                if peer < 0:
+                    return ADMIT_FULL
+                news[0] = table_event(t, EVENT_MOVED, from_, source, 0) or news[0]
+                return peer
+            contest(t, entry, from_, local, now, checks)
             return ADMIT_UNPROVEN
         remove_peer(t, owner)
     if t.entry_free < 0 or (peer < 0 and t.peer_free < 0):
@@ -375,6 +411,7 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
     t.entry_free = t.entries[entry].next
     t.entries[entry].address = source[0]
     t.entries[entry].peer = peer
+    t.entries[entry].proven_ns = 0
     t.entries[entry].used = 1
     bucket = bucket_of_address(t, source)
     t.entries[entry].next = t.entry_buckets[bucket]
@@ -386,16 +423,16 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
     return peer
 
 
-cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const uint8_t *transaction,
-                                uint64_t now, bint *news) noexcept nogil:
+cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const address_t *local,
+                                const uint8_t *transaction, uint64_t now, bint *news) noexcept nogil:
     """A Binding success has come from `from_`. False when its transaction is none that we have sent there.
 
-    From the owner of the address: the owner lives, the claim falls. From the claimant: the address moves,
-    if the owner has stayed mute since it was asked.
+    From the owner of the address: the owner lives, the claim falls. From the claimant: he receives what is
+    sent to him; the address moves now if the owner is mute, else with his next packet if it is by then.
     """
     cdef uint32_t number
     cdef uint64_t tag
-    cdef int32_t entry, peer, owner
+    cdef int32_t entry, owner
     memcpy(&number, transaction, 4)
     memcpy(&tag, transaction + 4, 8)
     if number >= <uint32_t>t.entry_capacity or not t.entries[number].used:
@@ -405,26 +442,14 @@ cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const uint8
             tag != check_tag(t, from_, entry, check_epoch(now) - 1):
         return False
     owner = t.entries[entry].peer
-    peer = find_peer(t, from_)
-    if owner == peer:
+    if same_endpoint(&t.peers[owner].endpoint, from_):
         heard_from(t, owner, FRAMING_RAW, now)
-        return True
-    if t.peers[owner].checks < CHECKS_NEEDED or \
-            not is_older(now, t.peers[owner].first_check_ns, t.patience_ns - 1):
-        return True
-    if peer < 0:
-        peer = add_peer(t, from_, now)
-        if peer < 0:
-            return True
-    if t.peers[peer].addresses >= MAX_ADDRESSES_A_PEER:
-        return True
-    t.entries[entry].peer = peer
-    t.peers[peer].addresses += 1
-    heard_from(t, peer, FRAMING_RAW, now)
-    t.peers[owner].addresses -= 1
-    if t.peers[owner].addresses == 0:
-        remove_peer(t, owner)
-    news[0] = table_event(t, EVENT_MOVED, from_, &t.entries[entry].address, 0) or news[0]
+    elif is_mute(t, &t.peers[owner], now):
+        if move_entry(t, entry, from_, local, now) >= 0:
+            news[0] = table_event(t, EVENT_MOVED, from_, &t.entries[entry].address, 0) or news[0]
+    else:
+        t.entries[entry].candidate = from_[0]
+        t.entries[entry].proven_ns = now
     return True
 
 

@@ -13,6 +13,7 @@ __all__ = ["FULL", "STRANGER", "UNPROVEN", "Check", "PeerTwin"]
 STRANGER, UNPROVEN, FULL = -1, -2, -3
 EPOCH_NS = 1 << 32  # an answer counts in the 4.3 s of its check and in the next
 MAX_ADDRESSES = 1024  # of one peer
+PROOF_NS = 8 * 10**9  # how long a claimant's answer counts
 
 Endpoint = Any
 Address = Any
@@ -51,6 +52,7 @@ class PeerTwin:
     owner: dict[Address, Endpoint] = field(default_factory=dict)
     life: dict[Address, int] = field(default_factory=dict)
     checked_ns: dict[Endpoint, int] = field(default_factory=dict)
+    proven: dict[Address, tuple[Endpoint, int]] = field(default_factory=dict)
     _lives: int = 0
 
     def expired(self, endpoint: Endpoint, now: int) -> bool:
@@ -60,6 +62,7 @@ class PeerTwin:
         for address in self.peers.pop(endpoint).addresses:
             del self.owner[address]
             del self.life[address]
+            self.proven.pop(address, None)
 
     def hear(self, endpoint: Endpoint, framing: str, now: int) -> None:
         peer = self.peers[endpoint]
@@ -68,14 +71,17 @@ class PeerTwin:
         if peer.framing != "raw":
             peer.framing = framing
 
-    def admit(self, endpoint: Endpoint, address: Address, framing: str, now: int) -> tuple[int, Endpoint | None]:
+    def admit(self, endpoint: Endpoint, address: Address, framing: str, now: int) -> tuple[int, list[Endpoint]]:
         """(0 or the reason below zero, whom to ask). Asking counts only once `asked` is called."""
         if address in self.owner:
             owner = self.owner[address]
             if owner == endpoint:
                 self.hear(endpoint, framing, now)
-                return 0, None
+                return 0, []
             if not self.expired(owner, now):
+                who, when = self.proven.get(address, (None, 0))
+                if who == endpoint and now - when <= PROOF_NS and self.mute(owner, now):
+                    return (0 if self._move(address, endpoint, now) else FULL), []
                 return UNPROVEN, self._whom_to_ask(address, endpoint, now)
             self.forget(owner)
         if len(self.owner) == self.addresses_max or (
@@ -83,16 +89,16 @@ class PeerTwin:
             for other in [other for other in self.peers if self.expired(other, now)]:
                 self.forget(other)
         if len(self.owner) == self.addresses_max:
-            return FULL, None
+            return FULL, []
         if endpoint not in self.peers:
             if len(self.peers) == self.peers_max:
-                return FULL, None
+                return FULL, []
             self.peers[endpoint] = Peer(now)
         if len(self.peers[endpoint].addresses) >= MAX_ADDRESSES:
-            return FULL, None
+            return FULL, []
         self._give(address, endpoint)
         self.hear(endpoint, framing, now)
-        return 0, None
+        return 0, []
 
     def _give(self, address: Address, endpoint: Endpoint) -> None:
         self.peers[endpoint].addresses.add(address)
@@ -100,23 +106,39 @@ class PeerTwin:
         self._lives += 1
         self.life[address] = self._lives
 
-    def _whom_to_ask(self, address: Address, claimant: Endpoint, now: int) -> Endpoint | None:
+    def mute(self, endpoint: Endpoint, now: int) -> bool:
+        owner = self.peers[endpoint]
+        return (owner.checks >= 2 and now - owner.first_check_ns >= self.patience_ns
+                and now - owner.last_check_ns >= self.patience_ns // 3)
+
+    def _whom_to_ask(self, address: Address, claimant: Endpoint, now: int) -> list[Endpoint]:
         endpoint = self.owner[address]
         owner = self.peers[endpoint]
-        if now - owner.heard_ns < self.patience_ns:
-            return None
-        if owner.checks == 0:
-            whom = endpoint
-        elif now - owner.last_check_ns < self.patience_ns // 3:
-            return None
-        elif owner.checks == 1:
-            whom = endpoint
-        elif now - owner.first_check_ns < self.patience_ns:
-            return None
-        else:
-            whom = claimant
-        last = self.checked_ns.get(whom)
-        return None if last is not None and now - last < self.patience_ns // 5 else whom
+        wanted = []
+        if owner.checks == 0 or (owner.checks == 1 and now - owner.last_check_ns >= self.patience_ns // 3):
+            wanted.append(endpoint)
+        if owner.checks and now - owner.first_check_ns >= self.patience_ns // 5:
+            wanted.append(claimant)
+        return [whom for whom in wanted
+                if whom not in self.checked_ns or now - self.checked_ns[whom] >= self.patience_ns // 5]
+
+    def _move(self, address: Address, to: Endpoint, now: int) -> bool:
+        """Whether there was room for it."""
+        if to not in self.peers:
+            if len(self.peers) == self.peers_max:
+                return False
+            self.peers[to] = Peer(now)
+        if len(self.peers[to].addresses) >= MAX_ADDRESSES:
+            return False
+        former, life = self.owner[address], self.life[address]
+        self.peers[former].addresses.remove(address)
+        self._give(address, to)
+        self.life[address] = life  # it has moved, it was not learned anew
+        self.proven.pop(address, None)
+        self.hear(to, "raw", now)
+        if not self.peers[former].addresses:
+            self.forget(former)
+        return True
 
     def asked(self, whom: Endpoint, address: Address, now: int, transaction: bytes) -> Check:
         self.checked_ns[whom] = now
@@ -133,26 +155,13 @@ class PeerTwin:
         if by != check.to or self.life.get(check.address) != check.life \
                 or now // EPOCH_NS - check.epoch not in (0, 1):
             return False
-        endpoint = self.owner[check.address]
-        owner = self.peers[endpoint]
-        if endpoint == by:
+        owner = self.owner[check.address]
+        if owner == by:
             self.hear(by, "raw", now)
-            return True
-        if owner.checks < 2 or now - owner.first_check_ns < self.patience_ns:
-            return True
-        if by not in self.peers:
-            if len(self.peers) == self.peers_max:
-                return True
-            self.peers[by] = Peer(now)
-        if len(self.peers[by].addresses) >= MAX_ADDRESSES:
-            return True
-        life = self.life[check.address]
-        owner.addresses.remove(check.address)
-        self._give(check.address, by)
-        self.life[check.address] = life  # it has moved, it was not learned anew
-        self.hear(by, "raw", now)
-        if not owner.addresses:
-            self.forget(endpoint)
+        elif self.mute(owner, now):
+            self._move(check.address, by, now)
+        else:
+            self.proven[check.address] = by, now
         return True
 
     def lookup(self, address: Address, now: int) -> Endpoint | None:
