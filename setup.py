@@ -29,10 +29,10 @@ DIRECTIVES = {
 
 HINT = """
 fasttun's C extension did not build.
-  It needs Linux, a C compiler and Python's headers:
-    Debian, Ubuntu   apt-get install gcc libc6-dev python3-dev
-    Fedora           dnf install gcc python3-devel kernel-headers
-    Alpine           apk add gcc musl-dev python3-dev linux-headers
+  It needs Linux, a C compiler, Python's headers and those of OpenSSL 3:
+    Debian, Ubuntu   apt-get install gcc libc6-dev python3-dev libssl-dev
+    Fedora           dnf install gcc python3-devel kernel-headers openssl-devel
+    Alpine           apk add gcc musl-dev python3-dev linux-headers openssl-dev
   The compiler said: {reason}
 """
 
@@ -58,7 +58,7 @@ class BuildExtension(build_ext):
 
 def extensions():
     return [
-        Extension(f"fasttun.{name}", [f"fasttun/{name}.pyx"], include_dirs=[".", "fasttun"],
+        Extension(f"fasttun.{name}", [f"fasttun/{name}.pyx"], include_dirs=[".", "fasttun"], libraries=["crypto"],
                   extra_compile_args=COMPILE_ARGS, extra_link_args=LINK_ARGS)
         for name in ("_core", "_testing")
         if os.path.exists(f"fasttun/{name}.pyx")

@@ -13,10 +13,16 @@
 # Every function here is `noexcept nogil` and returns >= 0 or -errno.
 
 from cpython.exc cimport PyErr_CheckSignals
+from cython cimport no_gc_clear
 from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
-from libc.stdlib cimport calloc, free
+from libc.stdlib cimport calloc, free, malloc, realloc
 
+from fasttun._native.aead cimport ft_aead_init, ft_aead_packet, ft_open, ft_seal
+from fasttun._native.allowedips cimport (
+    allowedips_free, allowedips_init, allowedips_insert, allowedips_lookup, allowedips_remove,
+    allowedips_remove_peer,
+)
 from fasttun._native.checksum cimport ft_checksum_variant
 from fasttun._native.coalesce cimport (
     COALESCE_FULL, coalesced_frame_t, coalescer_add, coalescer_finish, coalescer_init, coalescer_reset,
@@ -25,13 +31,16 @@ from fasttun._native.coalesce cimport (
 from fasttun._native.counters cimport *
 from fasttun._native.endpoint cimport *
 from fasttun._native.icmp cimport too_big
+from fasttun._native.mac1 cimport ft_mac1_check, ft_mac1_free, ft_mac1_new
 from fasttun._native.packet cimport *
 from fasttun._native.peers cimport *
+from fasttun._native.replay cimport replay_check, replay_init, replay_mark
 from fasttun._native.segment cimport (
     SEGMENT_MAX_PACKETS, segment_frame, segment_out_size, segments_t,
 )
 from fasttun._native.stun cimport *
 from fasttun._native.system cimport *
+from fasttun._native.sessions cimport *
 from fasttun._native.vnet cimport (
     VIRTIO_NET_HDR_GSO_NONE, VNET_HEADER_LENGTH, vnet_header_t,
 )
@@ -68,6 +77,8 @@ cdef enum:
     # packets between two sendmmsg to a socket that stands in for the TUN
     GRO_RECEIVE = 16
     # 64 KiB frames a recvmmsg: 1 MiB, no more than a core's cache
+    SEAL_BATCH = 64
+    # packets sealed or opened in one call, all under one key
 
 cdef enum:
     OFFLOAD_UDP_GSO = 1
@@ -98,6 +109,27 @@ ctypedef struct origin_t:
     uint64_t packets
     uint64_t bytes
 
+ctypedef struct sealing_t:
+    # The WireGuard mode's packets between the TUN and the messages, and the other way; see _sealed.pxi.
+    ft_aead_packet[64] seals
+    int seal_count
+    keypair_t *seal_keypair
+    address_t destination
+    session_peer_t *peer
+    session_peer_t *aimed
+    # whose endpoint the open message goes to
+    bint destination_known
+    ft_aead_packet[64] opens
+    uint8_t[64] open_messages
+    int open_count
+    keypair_t *open_keypair
+    address_t source
+    session_peer_t *source_peer
+    bint source_known
+    endpoint_t[64] senders
+    address_t[64] locals
+    # of each message of a recvmmsg
+
 ctypedef struct group_t:
     # A message under construction: `packets` datagrams of `size` bytes each, the last may be shorter.
     uint32_t packets
@@ -126,6 +158,9 @@ ctypedef struct worker_t:
     size_t slot
     size_t receive_slot
     table_t *table
+    sessions_t *sessions
+    # one of the two is NULL: the plain mode has a peer table, the WireGuard mode sessions
+    sealing_t *sealing
     int notify_fd
     # outbound
     uint8_t *arena
@@ -276,6 +311,12 @@ cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, cons
 
 # --------------------------------------------------------------------------------------- outbound
 
+cdef inline void close_group(worker_t *w) noexcept nogil:
+    """No later datagram may join the open message: the target has changed."""
+    if w.message_count:
+        w.groups[w.message_count - 1].closed = True
+
+
 cdef inline void settle_target(worker_t *w) noexcept nogil:
     """Adds what went to the present target to its peer. The caller holds the table's lock."""
     cdef peer_t *peer
@@ -322,8 +363,8 @@ cdef inline int framing_now(target_t *target) noexcept nogil:
     return FRAMING_RAW if target.alternate else FRAMING_PI
 
 
-cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noexcept nogil:
-    """Adds one datagram (`head` bytes of framing, then the packet) to the messages to send.
+cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head, uint32_t inner) noexcept nogil:
+    """Adds one datagram (`head` bytes of framing, then the packet of `inner` bytes) to the messages to send.
 
     It joins the open message when that goes to the same target and holds datagrams of this size.
     """
@@ -345,7 +386,7 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noe
                 w.messages[w.message_count - 1].msg_hdr.msg_iovlen += 1
             group.packets += 1
             group.bytes += length
-            group.inner_bytes += length - head
+            group.inner_bytes += inner
             group.closed = length < group.size
             return
         group.closed = True
@@ -353,7 +394,7 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noe
     group.packets = 1
     group.size = length
     group.bytes = length
-    group.inner_bytes = length - head
+    group.inner_bytes = inner
     group.head = <uint8_t>head
     group.closed = False
     group.local = w.target.local
@@ -370,12 +411,6 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head) noe
     header.msg_controllen = 0
     w.vector_count += 1
     w.message_count += 1
-
-
-cdef inline void close_group(worker_t *w) noexcept nogil:
-    """No later datagram may join the open message: the target has changed."""
-    if w.message_count:
-        w.groups[w.message_count - 1].closed = True
 
 
 cdef void drop_message(worker_t *w, int index, int reason) noexcept nogil:
@@ -453,7 +488,8 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
             w.counters.outbound.bytes_out += length - group.head
         elif error == EMSGSIZE:
             w.counters.outbound.drops[DROP_TOO_BIG] += 1
-            tell_too_big(w, data + group.head, length - group.head)
+            if w.sessions == NULL:
+                tell_too_big(w, data + group.head, length - group.head)
         else:
             w.counters.outbound.drops[DROP_SEND_FAILED] += 1
     return 0
@@ -465,6 +501,10 @@ cdef void give_up(worker_t *w, int offload, int error) noexcept nogil:
         w.gso = False
     else:
         coalescer_init(w.coalescer, False, False, False)
+    if w.sessions != NULL:
+        w.sessions.offload_lost = (offload << 16) | error
+        w.news = True
+        return
     pthread_mutex_lock(&w.table.lock)
     w.news = table_event(w.table, EVENT_OFFLOAD, NULL, NULL, (offload << 16) | error) or w.news
     pthread_mutex_unlock(&w.table.lock)
@@ -506,6 +546,9 @@ cdef void lose_source(worker_t *w, const address_t *lost) noexcept nogil:
         if w.groups[i].local.low == local.low and w.groups[i].local.high == local.high:
             memset(&w.groups[i].local, 0, sizeof(address_t))
     write_controls(w)
+    if w.sessions != NULL:
+        lose_sealed_source(w, &local)
+        return
     pthread_mutex_lock(&w.table.lock)
     forget_local(w.table, &local)
     pthread_mutex_unlock(&w.table.lock)
@@ -589,6 +632,9 @@ cdef inline void packet_read(worker_t *w, uint8_t *packet, size_t length, uint64
     if version == 0:
         w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
         return
+    if w.sessions != NULL:
+        forward_sealed(w, aim_sealed(w, packet, version), packet, <uint32_t>length, now)
+        return
     if not aim_at(w, packet, version, now):
         w.counters.outbound.drops[DROP_NO_PEER] += 1
         return
@@ -597,7 +643,7 @@ cdef inline void packet_read(worker_t *w, uint8_t *packet, size_t length, uint64
     if framing_now(&w.target) == FRAMING_PI:
         head = PI_LENGTH
         write_pi(packet - PI_LENGTH, version)
-    append(w, packet - head, <uint32_t>length + head, head)
+    append(w, packet - head, <uint32_t>length + head, head, <uint32_t>length)
 
 
 cdef int read_packets(worker_t *w, uint64_t now) noexcept nogil:
@@ -651,7 +697,8 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
     cdef size_t i, size
     cdef ssize_t length
     cdef int version, _reads, result
-    cdef uint32_t head
+    cdef uint32_t head, tail
+    cdef session_peer_t *peer = NULL
     vectors[0].iov_base = &vnet
     vectors[0].iov_len = VNET_HEADER_LENGTH
     vectors[1].iov_base = w.frame
@@ -675,9 +722,14 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
             frame_failed(w, &vnet, length if length > 0 else 0, DROP_OUT_MALFORMED)
             continue
         head = 0
-        if aim_at(w, w.frame, version, now) and framing_now(&w.target) == FRAMING_PI:
+        tail = 0
+        if w.sessions != NULL:
+            peer = aim_sealed(w, w.frame, version)
+            head = SESSION_HEADER
+            tail = SESSION_PADDING + SESSION_TAG
+        elif aim_at(w, w.frame, version, now) and framing_now(&w.target) == FRAMING_PI:
             head = PI_LENGTH
-        result = segment_frame(&vnet, w.frame, length, w.arena + used, w.arena_size - used, head, 0, 65535,
+        result = segment_frame(&vnet, w.frame, length, w.arena + used, w.arena_size - used, head, tail, 65535,
                                &segments)
         if result <= 0:
             frame_failed(w, &vnet, length, DROP_OUT_MALFORMED)
@@ -685,17 +737,24 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
         size = (segments.count - 1) * segments.packet_length + segments.last_length
         w.counters.outbound.packets_in += segments.count
         w.counters.outbound.bytes_in += size
+        data = w.arena + used
+        if w.sessions != NULL:
+            for i in range(segments.count):
+                size = segments.packet_length if i + 1 < segments.count else segments.last_length
+                forward_sealed(w, peer, data + head, <uint32_t>size, now)
+                data += segments.stride
+            used = <size_t>(data - w.arena)
+            continue
         if w.target.peer < 0:
             w.counters.outbound.drops[DROP_NO_PEER] += segments.count
             continue
         w.target.packets += segments.count
         w.target.bytes += size
-        data = w.arena + used
         for i in range(segments.count):
             if head:
                 write_pi(data, version)
             size = segments.packet_length if i + 1 < segments.count else segments.last_length
-            append(w, data, <uint32_t>size + head, head)
+            append(w, data, <uint32_t>size + head, head, <uint32_t>size)
             data += segments.stride
         used = <size_t>(data - w.arena)
     return 0
@@ -706,13 +765,18 @@ cdef int outbound_burst(worker_t *w) noexcept nogil:
     cdef uint64_t now = now_ns()
     cdef int result
     w.tun_ready = True
+    if w.sessions != NULL:
+        begin_sealed(w)
     if w.vnet:
         result = read_frames(w, now)
     elif w.tun_is_socket:
         result = read_socket(w, now)
     else:
         result = read_packets(w, now)
-    if w.target.valid:
+    if w.sessions != NULL:
+        seal_pending(w)
+        end_sealed(w, now)
+    elif w.target.valid:
         pthread_mutex_lock(&w.table.lock)
         settle_target(w)
         pthread_mutex_unlock(&w.table.lock)
@@ -988,6 +1052,8 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
         return 0
     w.udp_ready = count == w.receive
     now = now_ns()
+    if w.sessions != NULL:
+        begin_sealed(w)
     for i in range(count):
         header = &w.receive_messages[i].msg_hdr
         length = w.receive_messages[i].msg_len
@@ -1002,15 +1068,25 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             w.counters.inbound.drops[DROP_OVERSIZED if header.msg_flags & MSG_TRUNC else DROP_IN_MALFORMED] += 1
             continue
         size = read_controls(header, length, &local)
+        if w.sessions != NULL:
+            w.sealing.senders[i] = from_
+            w.sealing.locals[i] = local
         while length:
             step = size if size < length else length
-            result = take(w, data, step, &from_, &local, now)
+            if w.sessions != NULL:
+                result = take_sealed(w, data, step, i, now)
+            else:
+                result = take(w, data, step, &from_, &local, now)
             if result < 0:
                 break
             data += step
             length -= step
         if result < 0:
             break
+    if w.sessions != NULL:
+        if result >= 0:
+            result = open_pending(w)
+        end_sealed(w, now)
     if w.write_count:
         if result < 0:
             w.counters.inbound.drops[DROP_TUN_DOWN] += w.write_count
@@ -1023,11 +1099,16 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             coalescer_reset(w.coalescer)
         else:
             result = write_frames(w)
-    if w.origin.valid:
+    if w.sessions == NULL and w.origin.valid:
         pthread_mutex_lock(&w.table.lock)
         settle_origin(w)
         pthread_mutex_unlock(&w.table.lock)
     return result
+
+
+# ------------------------------------------------------------------------------------ WireGuard mode
+
+include "_sealed.pxi"
 
 
 # ------------------------------------------------------------------------------------------- loop
@@ -1084,6 +1165,10 @@ cdef int serve(worker_t *w) noexcept nogil:
             result = flush(w)
             if result < 0:
                 return result
+        if w.sessions != NULL and w.message_count == 0 and load_int(&w.sessions.has_work):
+            result = work_sealed(w)
+            if result < 0:
+                return result
         if w.tun_ready and w.message_count == 0:
             result = outbound_burst(w)
             if result < 0:
@@ -1113,13 +1198,16 @@ cdef void abandon(worker_t *w) noexcept nogil:
     w.message_count = 0
     w.message_next = 0
     w.vector_count = 0
+    if w.sessions != NULL:
+        abandon_queues(w)
 
 
 # ---------------------------------------------------------------------------------------- classes
 
-OUTBOUND_DROPS = ("malformed", "no_peer", "too_big", "send_failed", "unsent")
+OUTBOUND_DROPS = ("malformed", "no_peer", "too_big", "send_failed", "unsent", "no_session", "queue_full",
+                  "no_endpoint")
 INBOUND_DROPS = ("malformed", "oversized", "stranger", "martian", "unproven", "table_full", "tun_down",
-                 "tun_full", "tun_refused")
+                 "tun_full", "tun_refused", "unknown_index", "expired", "replayed", "forged", "not_allowed")
 CALL_NAMES = ("read", "write", "sendmmsg", "recvmmsg", "poll")
 EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload"}
 OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso", OFFLOAD_TUN: "tun"}
@@ -1415,6 +1503,10 @@ cdef class PeerTable:
         return found
 
 
+include "_sessions.pxi"
+
+
+@no_gc_clear
 cdef class Engine:
     """One worker: a TUN queue, a UDP socket, and the loop between them. Descriptors are borrowed.
 
@@ -1424,11 +1516,12 @@ cdef class Engine:
     join_udp: it also takes joined UDP (TUN_F_USO). connected: the socket is connected, its peer the only one.
     busy_poll_us: microseconds of looking for packets before each sleep, 0 for none. sticky: the socket tells
     the address that a datagram came to (IP_PKTINFO), and the answers leave from there. name: for errors.
+    table: a `PeerTable` for the plain mode, a `SessionTable` for WireGuard's, which takes one worker.
     `run()` once, from one thread; `stop()` and `counters()` from any.
     """
 
     cdef worker_t *w
-    cdef readonly PeerTable table
+    cdef readonly object table
     cdef str name
     cdef int state
 
@@ -1436,7 +1529,7 @@ cdef class Engine:
         self.w = NULL
         self.state = 0
 
-    def __init__(self, PeerTable table not None, *, int tun_fd, int udp_fd, int mtu=1500,
+    def __init__(self, table not None, *, int tun_fd, int udp_fd, int mtu=1500,
                  int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
                  bint join_udp=False, bint connected=False, int busy_poll_us=0,
                  bint sticky=False, str name="tunnel"):
@@ -1455,9 +1548,16 @@ cdef class Engine:
         w.event_fd = -1
         w.tun_fd = tun_fd
         w.udp_fd = udp_fd
-        w.family = table.t.family
-        w.table = table.t
         w.notify_fd = table.notify_fd
+        if isinstance(table, SessionTable):
+            w.sessions = (<SessionTable>table).s
+            w.family = w.sessions.family
+            w.sealing = <sealing_t *>calloc(1, sizeof(sealing_t))
+            if w.sealing == NULL:
+                raise MemoryError("fasttun: no memory for a worker's packets")
+        else:
+            w.table = (<PeerTable?>table).t
+            w.family = w.table.family
         w.connected = connected
         w.burst = burst_packets
         w.gso = udp_gso
@@ -1479,7 +1579,8 @@ cdef class Engine:
                 w.writes[i].msg_hdr.msg_iovlen = 1
         w.arena_size = burst_packets * w.slot
         if vnet_header:
-            w.arena_size = FRAMES_BYTES + FRAME + segment_out_size(PI_LENGTH, 0)
+            w.arena_size = FRAMES_BYTES + FRAME + segment_out_size(
+                SESSION_HEADER, SESSION_PADDING + SESSION_TAG)
             w.frame = <uint8_t *>calloc(1, FRAME)
             w.split = <uint8_t *>calloc(1, segment_out_size(0, 0))
             w.coalescer = <coalescer_t *>calloc(1, sizeof(coalescer_t))
@@ -1512,9 +1613,14 @@ cdef class Engine:
         w.event_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if w.event_fd < 0:
             raise DeviceError("eventfd", "worker", errno)
+        if w.sessions != NULL:
+            w.sessions.event_fd = w.event_fd
 
     def __dealloc__(self):
         if self.w != NULL:
+            if self.w.sessions != NULL and self.w.sessions.event_fd == self.w.event_fd:
+                self.w.sessions.event_fd = -1
+            free(self.w.sealing)
             if self.w.event_fd >= 0:
                 close(self.w.event_fd)
             free(self.w.arena)
@@ -1576,7 +1682,7 @@ cdef class Engine:
             "errors": {_errno.errorcode.get(i, str(i)): load_u64(&c.errors[i])
                        for i in range(ERRNO_LIMIT) if load_u64(&c.errors[i])},
             "control_in": load_u64(&c.control_in), "control_out": load_u64(&c.control_out),
-            "too_big_told": load_u64(&c.too_big_told),
+            "too_big_told": load_u64(&c.too_big_told), "bad_mac1": load_u64(&c.bad_mac1),
             "checksum": ft_checksum_variant().decode(),
         }
 

@@ -5,10 +5,14 @@ Every buffer handed to a helper is allocated at its exact size: a sanitizer sees
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
-from libc.stdint cimport uint8_t, uint16_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint64_t
 from libc.stdlib cimport free, malloc
 from libc.string cimport memcpy, memset
 
+from fasttun._native.allowedips cimport (
+    allowedips_free, allowedips_init, allowedips_insert, allowedips_lookup, allowedips_remove,
+    allowedips_remove_peer, allowedips_t,
+)
 from fasttun._native.checksum cimport (
     ft_checksum_force, ft_checksum_variant, ft_checksum_variant_at, ft_copy_sum, ft_fold, ft_pseudo_v4,
     ft_pseudo_v6, ft_store16, ft_sum,
@@ -17,6 +21,8 @@ from fasttun._native.coalesce cimport (
     COALESCE_MAX_PACKETS, coalesced_frame_t, coalescer_add, coalescer_finish, coalescer_init, coalescer_reset,
     coalescer_t,
 )
+from fasttun._native.packet cimport address_t
+from fasttun._native.replay cimport replay_check, replay_init, replay_mark, replay_t
 from fasttun._native.segment cimport (
     SEGMENT_BAD_CHECKSUM, SEGMENT_BAD_GSO, SEGMENT_BAD_HEADER, SEGMENT_NO_ROOM, SEGMENT_TOO_LONG,
     complete_checksum, segment_frame, segment_out_size, segments_t,
@@ -234,6 +240,79 @@ def join(list packets not None, join_udp=True, join_tcp=True, join_fixed_ids=Fal
     """`[(vnet header, frame)]` of one burst of at most BURST_PACKETS packets."""
     coalescer = Coalescer(join_tcp=join_tcp, join_udp=join_udp, join_fixed_ids=join_fixed_ids)
     return [(vnet, frame) for vnet, frame, _ in coalescer.join(packets)]
+
+
+cdef class AllowedIPs:
+    """One table of allowed IPs. Addresses and prefixes: 16 bytes, IPv4 as v4-mapped with bits + 96."""
+
+    cdef allowedips_t _table
+
+    def __cinit__(self):
+        allowedips_init(&self._table)
+
+    def __dealloc__(self):
+        allowedips_free(&self._table)
+
+    def __len__(self):
+        return self._table.count
+
+    def insert(self, bytes prefix not None, int bits, int32_t peer):
+        cdef address_t address
+        _address(prefix, &address)
+        if allowedips_insert(&self._table, &address, bits, peer) < 0:
+            raise MemoryError
+
+    def remove(self, bytes prefix not None, int bits, int32_t peer):
+        """Whether it was there, and this peer's."""
+        cdef address_t address
+        _address(prefix, &address)
+        return bool(allowedips_remove(&self._table, &address, bits, peer))
+
+    def remove_peer(self, int32_t peer):
+        allowedips_remove_peer(&self._table, peer)
+
+    def lookup(self, bytes address not None):
+        """The peer, -1 for none."""
+        cdef address_t wanted
+        _address(address, &wanted)
+        return allowedips_lookup(&self._table, &wanted)
+
+    def repeat_lookup(self, bytes addresses not None, int times):
+        """For benchmarks: looks each of the addresses (16 bytes each) up, `times` times; a sum of the answers."""
+        cdef const uint8_t *start = <const uint8_t *>PyBytes_AS_STRING(addresses)
+        cdef Py_ssize_t i, count = len(addresses) // 16
+        cdef address_t wanted
+        cdef int64_t total = 0
+        cdef int _
+        with nogil:
+            for _ in range(times):
+                for i in range(count):
+                    memcpy(&wanted, start + 16 * i, 16)
+                    total += allowedips_lookup(&self._table, &wanted)
+        return total
+
+
+cdef int _address(bytes data, address_t *to) except -1:
+    if len(data) != 16:
+        raise ValueError("address: 16 bytes")
+    memcpy(to, PyBytes_AS_STRING(data), 16)
+    return 0
+
+
+cdef class ReplayFilter:
+    """The engine's replay window of one keypair."""
+
+    cdef replay_t _window
+
+    def __cinit__(self):
+        replay_init(&self._window)
+
+    def check(self, uint64_t counter):
+        return bool(replay_check(&self._window, counter))
+
+    def mark(self, uint64_t counter):
+        """Whether it was new."""
+        return bool(replay_mark(&self._window, counter))
 
 
 # ---- For benchmarks: the helper alone, in a loop without Python ------------------------------------------

@@ -10,6 +10,9 @@ cdef enum:
     DROP_TOO_BIG = 2
     DROP_SEND_FAILED = 3
     DROP_UNSENT = 4
+    DROP_NO_SESSION = 5
+    DROP_QUEUE_FULL = 6
+    DROP_NO_ENDPOINT = 7
     # inbound
     DROP_IN_MALFORMED = 0
     DROP_OVERSIZED = 1
@@ -20,7 +23,12 @@ cdef enum:
     DROP_TUN_DOWN = 6
     DROP_TUN_FULL = 7
     DROP_TUN_REFUSED = 8
-    DROP_REASONS = 9
+    DROP_UNKNOWN_INDEX = 9
+    DROP_EXPIRED = 10
+    DROP_REPLAYED = 11
+    DROP_FORGED = 12
+    DROP_NOT_ALLOWED = 13
+    DROP_REASONS = 14
 
 cdef enum:
     CALL_READ = 0
@@ -39,7 +47,7 @@ ctypedef struct direction_t:
     uint64_t bytes_in
     uint64_t packets_out
     uint64_t bytes_out
-    uint64_t[9] drops
+    uint64_t[14] drops
 
 ctypedef struct counters_t:
     direction_t outbound
@@ -49,6 +57,7 @@ ctypedef struct counters_t:
     uint64_t control_in
     uint64_t control_out
     uint64_t too_big_told
+    uint64_t bad_mac1
 
 
 cdef inline void count_error(counters_t *c, int error) noexcept nogil:

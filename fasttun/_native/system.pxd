@@ -34,11 +34,13 @@ cdef extern from *:
 
     #define ft_load_relaxed(p) __atomic_load_n((p), __ATOMIC_RELAXED)
     #define ft_store_relaxed(p, v) __atomic_store_n((p), (v), __ATOMIC_RELAXED)
+    #define ft_add_relaxed(p, v) __atomic_fetch_add((p), (v), __ATOMIC_RELAXED)
     """
     uint64_t load_u64 "ft_load_relaxed"(const uint64_t *) noexcept nogil
     void store_u64 "ft_store_relaxed"(uint64_t *, uint64_t) noexcept nogil
     int load_int "ft_load_relaxed"(const int *) noexcept nogil
     void store_int "ft_store_relaxed"(int *, int) noexcept nogil
+    void add_int "ft_add_relaxed"(int *, int) noexcept nogil
 
     int errno
 
