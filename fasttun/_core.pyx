@@ -1568,7 +1568,7 @@ cdef class Engine:
         w.busy_poll_ns = <uint64_t>busy_poll_us * 1000
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
-        w.receive_slot = FRAME if udp_gro else (mtu + PI_LENGTH + SLOT - 1) // SLOT * SLOT
+        w.receive_slot = FRAME if udp_gro else (mtu + SESSION_OVERHEAD + SLOT - 1) // SLOT * SLOT
         w.tun_is_socket = burst_packets > 1 and not vnet_header and is_socket(tun_fd)
         if w.tun_is_socket:
             w.writes = <mmsghdr *>calloc(MAX_BURST, sizeof(mmsghdr))

@@ -1,5 +1,8 @@
 # SessionTable: the control side's hand on the WireGuard mode's sessions, included by _core.pyx.
 # The structures and their rules are in _native/sessions.pxd; who calls this is fasttun/wireguard/tunnel.py.
+NEWS_FLAGS = {"sent": NEWS_SENT, "received": NEWS_RECEIVED, "heard": NEWS_HEARD, "first": NEWS_FIRST,
+              "waiting": NEWS_WAITING, "sent_last": NEWS_SENT_LAST}
+
 
 cdef class SessionTable:
     """Peers, sessions and allowed IPs of one WireGuard device, shared with its loop. Usable from any thread.
@@ -153,8 +156,11 @@ cdef class SessionTable:
         forget_peer(s, peer)
         self.release()
 
-    def set_endpoint(self, int32_t number, tuple endpoint):
-        """Where the peer is, until it proves to be elsewhere; whether this socket can reach it."""
+    def set_endpoint(self, int32_t number, tuple endpoint, local=None):
+        """Where the peer is, until it proves to be elsewhere; whether this socket can reach it.
+
+        local: this host's address that it sends to, when known.
+        """
         cdef endpoint_t value
         cdef session_peer_t *peer
         cdef bint reachable
@@ -163,6 +169,8 @@ cdef class SessionTable:
         peer = self.peer(number)
         if not peer.reachable or not same_endpoint(&peer.endpoint, &value):
             memset(&peer.local, 0, sizeof(address_t))
+        if local is not None:
+            set_address(&peer.local, local)
         peer.endpoint = value
         reachable = peer.reachable = endpoint_to_sockaddr(&value, self.s.family, &peer.address)
         self.release()
@@ -262,7 +270,8 @@ cdef class SessionTable:
         self.s.queue_dropped += drop_queue(self.s, self.peer(number))
         self.release()
 
-    cdef void wake(self) noexcept:
+    cpdef void wake(self) noexcept:
+        """Makes a sleeping loop look again: for work, or because its socket was replaced."""
         if self.s.event_fd >= 0:
             tell(self.s.event_fd)
 
@@ -273,7 +282,7 @@ cdef class SessionTable:
 
         messages: up to `limit` tuples (datagram, endpoint, local address or None) with a valid mac1; backlog:
         how many more wait. news: tuples (number, flags, index of the keypair last heard, endpoint, counter of
-        the current keypair), flags a sum of NEWS_*. offload: (name, errno) of one given up, or None. Until 50 ms
+        the current keypair), flags a sum of NEWS_FLAGS. offload: (name, errno) of one given up, or None. Until 50 ms
         later news that can wait does not write to `notify_fd`: look again by then.
         """
         cdef sessions_t *s = self.s

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from ipaddress import IPv4Address, IPv6Address
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
 
 from .endpoint import Endpoint
 
-__all__ = ["DirectionStats", "PeerStats", "Stats"]
+if TYPE_CHECKING:
+    from .wireguard.keys import PresharedKey, PublicKey
+
+__all__ = ["DirectionStats", "PeerStats", "Stats", "WireGuardPeer"]
 
 
 @dataclass(frozen=True)
@@ -50,13 +54,34 @@ class PeerStats:
 
 
 @dataclass(frozen=True)
+class WireGuardPeer:
+    """One peer of the WireGuard mode, as `wg show` gives it. Bytes are those of whole datagrams."""
+
+    public_key: PublicKey
+    preshared_key: PresharedKey | None
+    endpoint: Endpoint | None
+    allowed_ips: tuple[IPv4Network | IPv6Network, ...]
+    last_handshake: float
+    """When a session was last confirmed, seconds since 1970; 0 for never."""
+    rx_bytes: int
+    tx_bytes: int
+    rx_packets: int
+    tx_packets: int
+    """Data packets and keepalives; `rx_bytes` and `tx_bytes` also count handshakes."""
+    persistent_keepalive: int
+    """Seconds; 0 when off."""
+    queued: int = 0
+    """Packets that wait for a session."""
+
+
+@dataclass(frozen=True)
 class Stats:
     """A snapshot of a tunnel: totals over all workers, and every peer."""
 
     uptime_s: float
     outbound: DirectionStats
     inbound: DirectionStats
-    peers: tuple[PeerStats, ...]
+    peers: tuple[PeerStats, ...] | tuple[WireGuardPeer, ...]
     system_calls: Mapping[str, int] = field(default_factory=dict)
     """Calls the loop made, by name (`read`, `write`, `sendmmsg`, `recvmmsg`, `poll`)."""
     errors: Mapping[str, int] = field(default_factory=dict)
@@ -64,4 +89,6 @@ class Stats:
     offloads: Mapping[str, str] = field(default_factory=dict)
     """`tun`, `udp-gso`, `udp-gro`, `batch`: `on`, or `off: ` and why."""
     events_lost: int = 0
-    """Events for `on_peer` that found their ring full."""
+    """Events for `on_peer` that found their ring full; in the WireGuard mode handshake messages."""
+    control_drops: Mapping[str, int] = field(default_factory=dict)
+    """Handshake messages that were not taken, by reason; empty in the plain mode."""
