@@ -22,6 +22,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 REFERENCE, BASELINE = "veth", "pure-python"
+OURS, ENCRYPTED = "fasttun", "fasttun-wireguard"
 BOTH_WAYS = ("up", "down")
 BUSY_BELOW_IDLE = 0.95
 
@@ -159,22 +160,26 @@ def table(results: Results) -> str:
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
         parts.append(f"**{LINK_TITLES.get(link, link)}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    parts += [_compared(results, link, shown) for link in results.links()]
+    for link in results.links():
+        parts.append(_compared(results, link, shown, OURS, results.tunnels()))
+        if ENCRYPTED in results.tunnels():
+            others = [name for name in results.tunnels() if name.startswith("wireguard-go")]
+            parts.append(_compared(results, link, shown, ENCRYPTED, others))
     parts.append(_notes(results, congestion))
     return "\n\n".join(parts)
 
 
-def _compared(results: Results, link: str, shown: Sequence[Column]) -> str:
-    """fasttun's figure over each other tunnel's, a median of the rounds' own ratios."""
+def _compared(results: Results, link: str, shown: Sequence[Column], ours: str, others: Sequence[str]) -> str:
+    """Our figure over each other tunnel's, a median of the rounds' own ratios."""
     chosen = [column for column in shown if column.head != "ping min, µs"]
-    rows = [["fasttun's figure", *(column.head.split(",")[0] for column in chosen)]]
+    rows = [[f"{results.title(ours)}: its figure", *(column.head.split(",")[0] for column in chosen)]]
     rows.append(["---", *("---:" for _ in chosen)])
-    for name in results.tunnels():
-        ratios = [results.ratio(link, "fasttun", name, column.keys) for column in chosen]
-        if name != "fasttun" and any(ratio is not None for ratio in ratios):
+    for name in others:
+        ratios = [results.ratio(link, ours, name, column.keys) for column in chosen]
+        if name != ours and any(ratio is not None for ratio in ratios):
             rows.append([f"over {results.title(name)}", *map(number, ratios)])
     kind = "link as it is" if link == "whole" else "link without UDP segmentation"
-    return f"**As ratios, {kind}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return f"**{results.title(ours)} as ratios, {kind}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _notes(results: Results, congestion: str) -> str:

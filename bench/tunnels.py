@@ -167,6 +167,24 @@ class Fasttun(Tunnel):
             )
 
 
+class FasttunWireGuard(Fasttun):
+    """The same two commands with keys: WireGuard's protocol, as wireguard-go speaks it."""
+
+    def start(self, hosts: tuple[Host, Host]) -> None:
+        private = [_output(sys.executable, "-m", "fasttun", "genkey") for _ in hosts]
+        public = [_output(sys.executable, "-m", "fasttun", "pubkey", stdin=key) for key in private]
+        server, client = hosts
+        for here, (host, role) in enumerate(((server, ["--listen"]), (client, ["--server", server.outer]))):
+            self.programs.append(
+                host.start(
+                    sys.executable, "-m", "fasttun", *role,
+                    "--address", f"{INNER[here]}/{INNER_PREFIX}", "--mtu", str(INNER_MTU),
+                    "--key", str(host.file(private[here] + "\n")), "--peer", public[1 - here],
+                    *self.options, title=self.name,
+                )
+            )  # fmt: skip
+
+
 class Socat(Tunnel):
     name, title = "socat", "socat"
 
@@ -334,6 +352,7 @@ def all_tunnels(peer_binaries: Sequence[str] = ()) -> list[Tunnel]:
         Fasttun("fasttun-busy-poll", "fasttun --busy-poll 50", "--busy-poll", "50", measures=("ping", "udp")),
         Fasttun("fasttun-no-offload", "fasttun without offloads", *NO_OFFLOADS),
         Fasttun("fasttun-one-call", "fasttun, one packet a call", "--no-batch", *NO_OFFLOADS),
+        FasttunWireGuard("fasttun-wireguard", "fasttun, WireGuard (encrypts)"),
         PurePython(),
         Lametun(),
         Socat(),

@@ -19,17 +19,22 @@ if TYPE_CHECKING:
     from .endpoint import Endpoint
     from .errors import ConfigurationError, DeviceError, EndpointError, FasttunError, StateError
     from .forwarder import Forwarder
-    from .stats import DirectionStats, PeerStats, Stats
+    from .stats import DirectionStats, PeerStats, Stats, WireGuardPeer
+    from .wireguard.config import Config, PeerConfig
+    from .wireguard.tunnel import WireGuard
 
 __all__ = [
-    "ConfigurationError", "DeviceError", "DirectionStats", "Endpoint", "EndpointError", "FasttunError",
-    "Forwarder", "PeerStats", "StateError", "Stats", "TunnelConfig", "__version__",
+    "Config", "ConfigurationError", "DeviceError", "DirectionStats", "Endpoint", "EndpointError", "FasttunError",
+    "Forwarder", "PeerConfig", "PeerStats", "StateError", "Stats", "TunnelConfig", "WireGuard", "WireGuardPeer",
+    "__version__",
 ]
 
 _HOME = {
     "ConfigurationError": "errors", "DeviceError": "errors", "EndpointError": "errors",
     "FasttunError": "errors", "StateError": "errors", "Forwarder": "forwarder", "TunnelConfig": "config",
     "Endpoint": "endpoint", "DirectionStats": "stats", "PeerStats": "stats", "Stats": "stats",
+    "WireGuardPeer": "stats", "Config": "wireguard.config", "PeerConfig": "wireguard.config",
+    "WireGuard": "wireguard.tunnel",
 }
 
 

@@ -23,6 +23,10 @@ from fasttun._native.allowedips cimport (
     allowedips_free, allowedips_init, allowedips_insert, allowedips_lookup, allowedips_remove,
     allowedips_remove_peer,
 )
+from fasttun._native.capture cimport (
+    CAPTURE_CLAUSES, CAPTURE_INNER, CAPTURE_OUTER, CAPTURE_RING, SIDE_DESTINATION, SIDE_SOURCE, capture_inner,
+    capture_outer, capture_record_t, capture_t, load_acquire, store_release,
+)
 from fasttun._native.checksum cimport ft_checksum_variant
 from fasttun._native.coalesce cimport (
     COALESCE_FULL, coalesced_frame_t, coalescer_add, coalescer_finish, coalescer_init, coalescer_reset,
@@ -193,6 +197,11 @@ ctypedef struct worker_t:
     bint news
     uint8_t[1280] scratch
     counters_t counters
+    capture_t *capture
+    int capturing
+    capture_t *tap
+    # `capture` while somebody captures; looked at once a burst
+    uint16_t port
 
 
 # ---------------------------------------------------------------------------------------- control
@@ -451,6 +460,30 @@ cdef bint is_fatal(int error) noexcept nogil:
     return error in (EBADF, EBADFD, ENOTCONN, ENOTSOCK)
 
 
+cdef void tap_datagram(worker_t *w, int index, const uint8_t *data, size_t length) noexcept nogil:
+    """Shows a sent datagram of message `index` to whoever captures."""
+    cdef endpoint_t to
+    if w.connected:
+        to = w.table.peers[0].endpoint
+    elif not endpoint_from_sockaddr(&to, w.names[index].bytes, w.names[index].length):
+        return
+    capture_outer(w.tap, True, data, length, &w.groups[index].local, w.port, &to)
+
+
+cdef void tap_message(worker_t *w, int index) noexcept nogil:
+    cdef group_t *group = &w.groups[index]
+    cdef msghdr *header = &w.messages[index].msg_hdr
+    cdef size_t i, at, length
+    for i in range(header.msg_iovlen):
+        at = 0
+        while at < header.msg_iov[i].iov_len:
+            length = header.msg_iov[i].iov_len - at
+            if length > group.size:
+                length = group.size
+            tap_datagram(w, index, <uint8_t *>header.msg_iov[i].iov_base + at, length)
+            at += length
+
+
 cdef int send_singly(worker_t *w, int index) noexcept nogil:
     """Sends the datagrams of one message each by itself; >= 0, or -errno when the socket is gone."""
     cdef group_t *group = &w.groups[index]
@@ -486,6 +519,8 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
         if sent >= 0:
             w.counters.outbound.packets_out += 1
             w.counters.outbound.bytes_out += length - group.head
+            if w.tap != NULL:
+                tap_datagram(w, index, data, length)
         elif error == EMSGSIZE:
             w.counters.outbound.drops[DROP_TOO_BIG] += 1
             if w.sessions == NULL:
@@ -565,6 +600,8 @@ cdef int flush(worker_t *w) noexcept nogil:
             for i in range(w.message_next, w.message_next + sent):
                 w.counters.outbound.packets_out += w.groups[i].packets
                 w.counters.outbound.bytes_out += w.groups[i].inner_bytes
+                if w.tap != NULL:
+                    tap_message(w, i)
             w.message_next += sent
             refused = 0
             continue
@@ -632,6 +669,8 @@ cdef inline void packet_read(worker_t *w, uint8_t *packet, size_t length, uint64
     if version == 0:
         w.counters.outbound.drops[DROP_OUT_MALFORMED] += 1
         return
+    if w.tap != NULL:
+        capture_inner(w.tap, True, packet, length)
     if w.sessions != NULL:
         forward_sealed(w, aim_sealed(w, packet, version), packet, <uint32_t>length, now)
         return
@@ -738,6 +777,10 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
         w.counters.outbound.packets_in += segments.count
         w.counters.outbound.bytes_in += size
         data = w.arena + used
+        if w.tap != NULL:
+            for i in range(segments.count):
+                capture_inner(w.tap, True, data + i * segments.stride + head,
+                              segments.packet_length if i + 1 < segments.count else segments.last_length)
         if w.sessions != NULL:
             for i in range(segments.count):
                 size = segments.packet_length if i + 1 < segments.count else segments.last_length
@@ -765,6 +808,7 @@ cdef int outbound_burst(worker_t *w) noexcept nogil:
     cdef uint64_t now = now_ns()
     cdef int result
     w.tun_ready = True
+    w.tap = w.capture if load_int(&w.capturing) else NULL
     if w.sessions != NULL:
         begin_sealed(w)
     if w.vnet:
@@ -962,6 +1006,8 @@ cdef int write_socket(worker_t *w) noexcept nogil:
 cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
     """Hands one packet to the TUN, or to what does so at the burst's end."""
     cdef int result
+    if w.tap != NULL:
+        capture_inner(w.tap, False, packet, length)
     if w.tun_is_socket:
         w.writes[w.write_count].msg_hdr.msg_iov = &w.write_vectors[w.write_count]
         w.write_vectors[w.write_count].iov_base = packet
@@ -1052,6 +1098,7 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
         return 0
     w.udp_ready = count == w.receive
     now = now_ns()
+    w.tap = w.capture if load_int(&w.capturing) else NULL
     if w.sessions != NULL:
         begin_sealed(w)
     for i in range(count):
@@ -1073,6 +1120,8 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             w.sealing.locals[i] = local
         while length:
             step = size if size < length else length
+            if w.tap != NULL:
+                capture_outer(w.tap, False, data, step, &local, w.port, &from_)
             if w.sessions != NULL:
                 result = take_sealed(w, data, step, i, now)
             else:
@@ -1211,6 +1260,7 @@ INBOUND_DROPS = ("malformed", "oversized", "stranger", "martian", "unproven", "t
 CALL_NAMES = ("read", "write", "sendmmsg", "recvmmsg", "poll")
 EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload"}
 OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso", OFFLOAD_TUN: "tun"}
+SIDES = {"source": SIDE_SOURCE, "destination": SIDE_DESTINATION}
 FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
 FRAMING_NAMES = {FRAMING_AUTO: "unknown", FRAMING_RAW: "raw", FRAMING_PI: "pi"}
 
@@ -1621,6 +1671,9 @@ cdef class Engine:
             if self.w.sessions != NULL and self.w.sessions.event_fd == self.w.event_fd:
                 self.w.sessions.event_fd = -1
             free(self.w.sealing)
+            if self.w.capture != NULL:
+                free(self.w.capture.ring)
+                free(self.w.capture)
             if self.w.event_fd >= 0:
                 close(self.w.event_fd)
             free(self.w.arena)
@@ -1670,6 +1723,80 @@ cdef class Engine:
         """Makes `run()` return soon; before `run()`, makes it return at once. Any thread, any number of times."""
         store_int(&self.w.stop, 1)
         tell(self.w.event_fd)
+
+    def capture_start(self, *, bint inner=True, bint outer=False, unsigned int snap_length=262144,
+                      clauses=(), int local_port=0):
+        """Puts packets into the ring for `capture_read`, until `capture_stop`; one capture at a time.
+
+        snap_length: bytes kept of each packet. local_port: of the socket, for outer packets' headers. clauses:
+        tuples (network or None, port or -1, version or 0, protocol or -1, sides, negated, last), see
+        _native/capture.pxd; at most 64. Raises `StateError` while another capture runs.
+        """
+        cdef capture_t *c = self.w.capture
+        cdef int i
+        if load_int(&self.w.capturing):
+            raise StateError("this worker's packets are being captured already")
+        if len(clauses) > CAPTURE_CLAUSES:
+            raise ConfigurationError("filter", f"has {len(clauses)} terms", f"use at most {CAPTURE_CLAUSES}")
+        if c == NULL:
+            # Kept for the next capture: the loop may still be looking at it after `capture_stop`.
+            c = <capture_t *>calloc(1, sizeof(capture_t))
+            if c != NULL:
+                c.ring = <uint8_t *>calloc(1, CAPTURE_RING)
+            if c == NULL or c.ring == NULL:
+                free(c)
+                raise MemoryError("fasttun: no memory for capturing")
+            self.w.capture = c
+        store_release(&c.tail, load_acquire(&c.head))
+        c.missed = 0
+        c.snap_length = snap_length
+        c.what = (CAPTURE_INNER if inner else 0) | (CAPTURE_OUTER if outer else 0)
+        for i, (network, port, version, protocol, sides, negated, last) in enumerate(clauses):
+            c.clauses[i].bits = -1
+            if network is not None:
+                raw = packed(network.network_address)
+                memcpy(c.clauses[i].network, <const char *>raw, 16)
+                c.clauses[i].bits = prefix_bits(network)
+            c.clauses[i].port = port
+            c.clauses[i].version = version
+            c.clauses[i].protocol = protocol
+            c.clauses[i].sides = sides
+            c.clauses[i].negated = negated
+            c.clauses[i].last = last
+        c.clause_count = len(clauses)
+        self.w.port = local_port
+        store_int(&self.w.capturing, 1)
+
+    def capture_stop(self):
+        """No more packets come into the ring; those in it can still be read."""
+        store_int(&self.w.capturing, 0)
+
+    def capture_read(self, int limit=1024):
+        """Takes up to `limit` packets: (list of (time in ns since 1970, outer?, outbound?, length, bytes), missed).
+
+        missed: packets that found the ring full, since `capture_start`.
+        """
+        cdef capture_t *c = self.w.capture
+        cdef capture_record_t *record
+        cdef uint64_t head, tail, at
+        cdef const uint8_t *data
+        found = []
+        if c == NULL:
+            return found, 0
+        head = load_acquire(&c.head)
+        tail = c.tail
+        while tail != head and len(found) < limit:
+            at = tail & (CAPTURE_RING - 1)
+            record = <capture_record_t *>(c.ring + at)
+            if CAPTURE_RING - at < sizeof(capture_record_t) or record.size == 0:
+                tail += CAPTURE_RING - at
+                continue
+            data = c.ring + at + sizeof(capture_record_t)
+            found.append((record.time_ns, record.what == CAPTURE_OUTER, bool(record.outbound), record.length,
+                          data[:record.stored]))
+            tail += record.size
+        store_release(&c.tail, tail)
+        return found, load_u64(&c.missed)
 
     def counters(self):
         """This worker's counters as plain numbers: `outbound`, `inbound`, `calls`, `errors`, and more."""

@@ -282,7 +282,7 @@ cdef class SessionTable:
 
         messages: up to `limit` tuples (datagram, endpoint, local address or None) with a valid mac1; backlog:
         how many more wait. news: tuples (number, flags, index of the keypair last heard, endpoint, counter of
-        the current keypair), flags a sum of NEWS_FLAGS. offload: (name, errno) of one given up, or None. Until 50 ms
+        the current keypair), flags a sum of NEWS_FLAGS. offload: (name, errno) of one given up, or None. Until 200 ms
         later news that can wait does not write to `notify_fd`: look again by then.
         """
         cdef sessions_t *s = self.s

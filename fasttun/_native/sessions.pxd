@@ -45,7 +45,7 @@ cdef enum:
 
 cdef enum:
     REJECT_AFTER_TIME_NS = 180000000000
-    QUIET_NS = 50000000
+    QUIET_NS = 200000000
     # between two wake-ups of the control side for news that can wait
 
 cdef enum:

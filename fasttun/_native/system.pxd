@@ -68,6 +68,7 @@ cdef extern from *:
         POLLNVAL
         CLOCK_MONOTONIC
         CLOCK_MONOTONIC_COARSE
+        CLOCK_REALTIME
         EFD_NONBLOCK
         EFD_CLOEXEC
 
@@ -182,4 +183,11 @@ cdef inline uint64_t precise_ns() noexcept nogil:
     """Monotonic time to the nanosecond: some 20 ns to read."""
     cdef timespec t
     clock_gettime(CLOCK_MONOTONIC, &t)
+    return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec
+
+
+cdef inline uint64_t realtime_ns() noexcept nogil:
+    """Nanoseconds since 1970."""
+    cdef timespec t
+    clock_gettime(CLOCK_REALTIME, &t)
     return <uint64_t>t.tv_sec * 1000000000 + <uint64_t>t.tv_nsec

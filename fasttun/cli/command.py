@@ -34,6 +34,10 @@ Examples:
   A network behind the server, IPv6 inside, only known senders:
     sudo fasttun --server vpn.example.org --address 10.7.0.2/24 --route 192.168.5.0/24
     sudo fasttun --listen --address 10.7.0.1/24 --address fd07::1/64 --allow 203.0.113.0/24
+  Encrypted, by the WireGuard protocol; each side has the other's public key:
+    fasttun genkey > key && fasttun pubkey < key
+    sudo fasttun --listen --address 10.7.0.1/24 --key key --peer CLIENTKEY,10.7.0.2
+    sudo fasttun --server 198.51.100.7 --address 10.7.0.2/24 --key key --peer SERVERKEY
   What it would do, as ip commands; changes nothing, needs no root:
     fasttun --server 198.51.100.7 --address 10.7.0.2/24 --explain
   Without root, on a device that an administrator made for you:
@@ -42,7 +46,7 @@ Examples:
 
 \b
 Signals: INT and TERM end it and undo everything, HUP looks the server up again,
-USR1 prints the counters. The packets are not encrypted: for labs and trusted links.
+USR1 prints the counters. Without --key nothing is encrypted: for labs and trusted links.
 """
 
 _GO_FLAG = re.compile(r"-(listen|server|port|device)(=.*)?", re.DOTALL)
@@ -59,7 +63,7 @@ def _option(section: str, *names: str, **attrs: Any) -> Callable[[_F], _F]:
     return click.option(*names, cls=SectionOption, section=section, **attrs)
 
 
-_ROLE, _NETWORK, _WIRE = "Which side", "Private network", "Between the hosts"
+_ROLE, _NETWORK, _WIRE, _SECRECY = "Which side", "Private network", "Between the hosts", "Encryption"
 _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the defaults are the fastest)", "Other"
 
 
@@ -115,6 +119,14 @@ _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the default
     "--framing",
     metavar="auto|raw|pi",
     help="A datagram is the packet (raw), or has 4 bytes of packet information first, as lametun (auto).",
+)
+@_option(_SECRECY, "--key", metavar="FILE", help="Encrypt: WireGuard with the private key in this file.")
+@_option(
+    _SECRECY,
+    "--peer",
+    metavar="KEY[,CIDR]",
+    multiple=True,
+    help="The other side's public key, and its addresses inside when there are several. Repeatable.",
 )
 @_option(_PROCESS, "--user", metavar="NAME", help="Become this user once set up.")
 @_option(_PROCESS, "-v", "--verbose", count=True, help="Say more.")
@@ -173,10 +185,17 @@ def run(given: dict[str, Any]) -> int:
     user, form = given.pop("user"), given.pop("log_format")
     verbosity = given.pop("verbose") - given.pop("quiet")
     explain = given.pop("explain")
+    key, peers = given.pop("key"), given.pop("peer")
     if form not in log.FORMATS:
         raise ConfigurationError("log_format", f"{form!r} is not a log format", "use text or json")
     config = TunnelConfig(**_fields(given))
     account = _account(user)
+    factory = None
+    if key is not None or peers:
+        from .encrypted import factory as encrypted
+
+        log.configure(form, verbosity)
+        factory = encrypted(config, key, peers)
     if explain:
         from .explain import explanation
 
@@ -185,7 +204,7 @@ def run(given: dict[str, Any]) -> int:
     log.configure(form, verbosity)
     from .serve import serve
 
-    return serve(config, account=account)
+    return serve(config, account=account, factory=factory, encrypted=factory is not None)
 
 
 def _account(name: str | None) -> Any:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..stats import DirectionStats, PeerStats, Stats
+    from ..stats import DirectionStats, PeerStats, Stats, WireGuardPeer
 
 __all__ = ["Line", "counters", "size", "summary"]
 
@@ -26,7 +27,7 @@ def counters(stats: Stats) -> Iterator[Line]:
     """The summary, every peer, and how the loop fares."""
     yield from summary(stats)
     for peer in stats.peers:
-        yield _peer(peer)
+        yield _wireguard_peer(peer) if hasattr(peer, "public_key") else _peer(peer)
     calls, errors = dict(stats.system_calls), dict(stats.errors)
     text = f"up {stats.uptime_s:.0f} s; system calls: {_listed(calls) or 'none'}"
     if errors:
@@ -75,6 +76,27 @@ def _peer(peer: PeerStats) -> Line:
         "outbound_bytes": peer.outbound_bytes,
         "inbound_packets": peer.inbound_packets,
         "inbound_bytes": peer.inbound_bytes,
+    }
+
+
+def _wireguard_peer(peer: WireGuardPeer) -> Line:
+    age = time.time() - peer.last_handshake
+    session = f"last handshake {age:.0f} s ago" if peer.last_handshake else "no handshake yet"
+    networks = ", ".join(map(str, peer.allowed_ips)) or "no allowed IPs"
+    text = (
+        f"peer {peer.public_key} at {peer.endpoint or 'no endpoint yet'} ({networks}), {session}: "
+        f"to it {_packets(peer.tx_packets)}, {size(peer.tx_bytes)}; "
+        f"from it {_packets(peer.rx_packets)}, {size(peer.rx_bytes)}"
+    )
+    return text, {
+        "peer": str(peer.public_key),
+        "endpoint": str(peer.endpoint) if peer.endpoint else None,
+        "allowed_ips": [str(network) for network in peer.allowed_ips],
+        "last_handshake": round(peer.last_handshake, 3),
+        "outbound_packets": peer.tx_packets,
+        "outbound_bytes": peer.tx_bytes,
+        "inbound_packets": peer.rx_packets,
+        "inbound_bytes": peer.rx_bytes,
     }
 
 

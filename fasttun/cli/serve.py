@@ -93,17 +93,21 @@ class _Watched(threading.Thread):
             self._signals.post_end()
 
 
-def serve(config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None) -> int:
+def serve(
+    config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None,
+    encrypted: bool = False,
+) -> int:
     """Be the tunnel until SIGINT, SIGTERM or an error. Returns the exit status, raises FasttunError.
 
     `account`: the user to become once set up. `factory`: in place of `Forwarder.from_config`.
+    `encrypted`: without it a warning says that the tunnel is open.
     """
     with _Signals() as signals:
         try:
             _look_up(config, signals)
         except _Interrupted as stop:
             return 128 + stop.number
-        return _Service(config, account, factory or _forwarder(), signals).run()
+        return _Service(config, account, factory or _forwarder(), signals, encrypted).run()
 
 
 def _forwarder() -> Callable[..., Any]:
@@ -138,9 +142,11 @@ def _is_address(host: str) -> bool:
 
 class _Service:
     def __init__(
-        self, config: TunnelConfig, account: Account | None, factory: Callable[..., Any], signals: _Signals
+        self, config: TunnelConfig, account: Account | None, factory: Callable[..., Any], signals: _Signals,
+        encrypted: bool,
     ) -> None:
         self._config = config
+        self._encrypted = encrypted
         self._account = account
         self._signals = signals
         self._forwarder = factory(config, before_threads=self._drop_privileges if account else None)
@@ -176,9 +182,11 @@ class _Service:
     def _announce(self) -> None:
         text, fields = _opening(self._config, self._forwarder)
         _log.info("%s", text, extra=fields)
-        _log.warning(
-            "packets are neither encrypted nor authenticated: anyone on the path can read this tunnel and send into it"
-        )
+        if not self._encrypted:
+            _log.warning(
+                "packets are neither encrypted nor authenticated: "
+                "anyone on the path can read this tunnel and send into it; --key encrypts"
+            )
         notify.ready(text)
 
     def _until_end(self) -> None:

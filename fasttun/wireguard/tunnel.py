@@ -58,7 +58,7 @@ DEFAULT_MTU = 1420
 LARGEST_MTU = 9000
 """What buffers are made for: the device's MTU may be changed while it runs."""
 BURST_PACKETS = 64
-NEWS_EVERY_S = 0.05
+NEWS_EVERY_S = 0.2
 """How often the engine's news about data is looked at while there is some; the timers need no better."""
 MTU_EVERY_S = 1.0
 MESSAGES_A_TURN = 64
@@ -102,10 +102,10 @@ class WireGuard(Tunnel):
 
     config: keys, port, addresses and peers; None for a device that is configured while it runs. name: of the TUN
     device; tun_fd: use this descriptor of one instead. mtu: bytes, before the configuration's own; 1420 else.
-    configure: give the device its addresses and take it up; without, only its MTU is set. tun_offload, udp_gso,
+    configure: give the device its addresses and `routes` and take it up; without, only its MTU is set. tun_offload, udp_gso,
     udp_gro, busy_poll_us, before_threads: as for `Forwarder`. on_handshake(WireGuardPeer): called from a thread
     of the tunnel when a session is confirmed; it must not block.
-    `start()` raises `DeviceError`, `EndpointError` and `ConfigurationError`. It sets no routes and no DNS.
+    `start()` raises `DeviceError`, `EndpointError` and `ConfigurationError`. It sets no DNS, and no routes but those.
     """
 
     def __init__(
@@ -120,6 +120,7 @@ class WireGuard(Tunnel):
         udp_gro: bool = True,
         busy_poll_us: int = 0,
         configure: bool = True,
+        routes: Iterable[Network] = (),
         on_handshake: Callable[[WireGuardPeer], object] | None = None,
         before_threads: Callable[[], object] | None = None,
     ) -> None:
@@ -132,6 +133,7 @@ class WireGuard(Tunnel):
         self._switches = (tun_offload, udp_gso, udp_gro)
         self._busy_poll_us = busy_poll_us
         self._configure = configure
+        self._routes = tuple(routes) if configure else ()
         self._on_handshake = on_handshake
         self._guard = threading.RLock()
         self._protocol = Interface()
@@ -169,7 +171,15 @@ class WireGuard(Tunnel):
             self._set_private_key(self._config.private_key)
         for peer in self._config.peers:
             self._add_peer(peer)
+        self._pin_endpoints()
         self._start_threads()
+
+    def _pin_endpoints(self) -> None:
+        """Keeps the ways to the peers out of the tunnel where a route of ours covers them."""
+        for member in self._members.values():
+            at = member.peer.endpoint
+            if self.device is not None and at is not None and any(at.host in route for route in self._routes):
+                self.device.pin_route(at.host)
 
     def _open_socket(self, port: int) -> socket.socket:
         sock = open_udp(bind=None, port=port, family=socket.AF_UNSPEC)
@@ -192,7 +202,7 @@ class WireGuard(Tunnel):
         self.device = device
         self.name = device.name
         addresses = self._config.address if self._configure else ()
-        device.configure(addresses=addresses, mtu=self.mtu, up=self._configure)
+        device.configure(addresses=addresses, routes=self._routes, mtu=self.mtu, up=self._configure)
         return device.fds[0], device.vnet_header, "uso" in device.offloads
 
     def _borrow_device(self, tun_fd: int) -> tuple[int, bool, bool]:
@@ -395,6 +405,12 @@ class WireGuard(Tunnel):
                     self._set_endpoint(member, found)
 
         threading.Thread(target=work, name="fasttun-resolve", daemon=True).start()
+
+    def resolve_again(self) -> None:
+        """Has the names of all peers looked up again, soon and aside."""
+        with self._guard:
+            for member in self._members.values():
+                self._look_up_again(member)
 
     # -------------------------------------------------------------------------- live configuration
 
