@@ -17,7 +17,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import offload
 from ._core import OFFLOAD_NAMES, Engine, PeerTable
@@ -410,7 +410,7 @@ class Forwarder(Tunnel):
         """The peers as they are now: the server, or those that a listener has learned."""
         final, table = self._final, self._table
         if final is not None:
-            return final.peers
+            return cast("tuple[PeerStats, ...]", final.peers)
         return _peers(table) if table is not None else ()
 
     def wait_peer(self, timeout: float | None = None) -> PeerStats:

@@ -73,6 +73,8 @@ def _tell(error: Exception) -> int:
         text, status = str(error), 1
     elif isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("fasttun"):
         text, status = f"{error.name} is missing: the installation is not complete; reinstall fasttun", 1
+    elif isinstance(error, ImportError) and "pip install" in str(error):  # an extra that is not there
+        text, status = str(error), 1
     elif isinstance(error, OSError):
         text, status = lines.system(error), 1
     else:

@@ -18,6 +18,9 @@ from .group import LazyCommand, SectionedGroup, SectionOption
 __all__ = ["fasttun", "go_style"]
 
 COMMANDS = {
+    "up": LazyCommand("fasttun.cli.updown", "up", "Bring a WireGuard tunnel up from a wg-quick file."),
+    "down": LazyCommand("fasttun.cli.updown", "down", "Take it down again."),
+    "wg": LazyCommand("fasttun.cli.wg", "wg", "Make a WireGuard device that wg, wg-quick and ip set up."),
     "demo": LazyCommand(
         "fasttun.cli.demo", "demo", "Two hosts on this machine, a tunnel between them, a file through it."
     ),

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..stats import WireGuardPeer
+
 if TYPE_CHECKING:
-    from ..stats import DirectionStats, PeerStats, Stats, WireGuardPeer
+    from ..stats import DirectionStats, PeerStats, Stats
 
 __all__ = ["Line", "counters", "size", "summary"]
 
@@ -27,7 +29,7 @@ def counters(stats: Stats) -> Iterator[Line]:
     """The summary, every peer, and how the loop fares."""
     yield from summary(stats)
     for peer in stats.peers:
-        yield _wireguard_peer(peer) if hasattr(peer, "public_key") else _peer(peer)
+        yield _wireguard_peer(peer) if isinstance(peer, WireGuardPeer) else _peer(peer)
     calls, errors = dict(stats.system_calls), dict(stats.errors)
     text = f"up {stats.uptime_s:.0f} s; system calls: {_listed(calls) or 'none'}"
     if errors:

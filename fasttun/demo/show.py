@@ -1,4 +1,4 @@
-"""The order of the demo: hosts, tunnel, ping, file, the same through the pure-Python tunnel, a table.
+"""The order of the demo: hosts, tunnel, ping, file; the same encrypted and by the pure-Python tunnel; a table.
 
 Nothing remains afterwards, however it ends: the hosts have no names, the file has none either, and the
 programs die with this process.
@@ -7,6 +7,7 @@ programs die with this process.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import shlex
@@ -72,11 +73,16 @@ def run(
 ) -> list[Outcome]:
     """Shows it all on `out` and returns what was measured, fasttun first. Main thread only.
 
+    The second is the encrypted tunnel, where PyNaCl is there.
     baseline: also through the pure-Python tunnel, for at most `baseline_limit_s`; plain: no progress bar.
     HostError: not root, a program or space is missing, a tunnel failed, or the two hashes differ.
     """
     requirements()
     contenders = [_Contender("fasttun", _start_fasttun, 3600)]
+    if importlib.util.find_spec("nacl") is not None:
+        contenders.append(_Contender("fasttun, encrypted", _start_encrypted, 3600))
+    else:
+        print("The encrypted tunnel is left out: pip install 'fasttun[wireguard]'", file=out)
     if baseline:
         contenders.append(_Contender("pure Python", _start_pure_python, baseline_limit_s))
     with _terminated_as_exit():
@@ -121,6 +127,25 @@ def _start_fasttun(client: Host, listener: Host, out: TextIO) -> list[Program]:
     ):
         print(f"  {host.name:8} $ fasttun {shlex.join(arguments)}", file=out, flush=True)
         programs.append(host.start(sys.executable, "-m", "fasttun", *arguments, title="fasttun"))
+    return programs
+
+
+def _start_encrypted(client: Host, listener: Host, out: TextIO) -> list[Program]:
+    from ..wireguard.keys import PrivateKey
+
+    keys = {host: PrivateKey.generate() for host in (listener, client)}
+    print(f"  {'both':8} $ fasttun genkey > KEY; fasttun pubkey < KEY", file=out)
+    programs = []
+    for host, other, arguments in (
+        (listener, client, ["--listen", "--address", f"{INNER[1]}/24"]),
+        (client, listener, ["--server", listener.outer, "--address", f"{INNER[0]}/24"]),
+    ):
+        peer = ["--peer", str(keys[other].public)]
+        print(f"  {host.name:8} $ fasttun {shlex.join(arguments)} --key KEY {shlex.join(peer)}", file=out, flush=True)
+        file = host.file(keys[host].to_base64() + "\n")
+        programs.append(
+            host.start(sys.executable, "-m", "fasttun", *arguments, "--key", file, *peer, title="fasttun")
+        )
     return programs
 
 
@@ -264,15 +289,15 @@ def _random_file(size_bytes: int) -> Iterator[BinaryIO]:
 
 
 def _table(out: TextIO, outcomes: list[Outcome]) -> None:
-    print(f"\n{'':12}{'file':>9}{'packets':>12}{'seconds':>10}{'rate':>16}{'ping avg':>12}", file=out)
+    print(f"\n{'':20}{'file':>9}{'packets':>12}{'seconds':>10}{'rate':>16}{'ping avg':>12}", file=out)
     for one in outcomes:
         print(
-            f"{one.tunnel:12}{size(one.sent_bytes):>9}{one.packets:>12,}{one.seconds:>10.2f}"
+            f"{one.tunnel:20}{size(one.sent_bytes):>9}{one.packets:>12,}{one.seconds:>10.2f}"
             f"{rate(one.sent_bytes, one.seconds):>16}{one.ping_avg_ms:>9.3f} ms",
             file=out,
         )
-    if len(outcomes) == 2:
-        ratio = outcomes[0].bits_per_second / outcomes[1].bits_per_second
+    if outcomes[-1].tunnel == "pure Python":
+        ratio = outcomes[0].bits_per_second / outcomes[-1].bits_per_second
         print(f"fasttun is {ratio:.1f} times as fast as the pure-Python tunnel.", file=out)
     out.flush()
 

@@ -17,7 +17,11 @@ The names below load what they need on first use.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import TYPE_CHECKING, Any
+
+if importlib.util.find_spec("nacl") is None:
+    raise ImportError("the WireGuard mode needs PyNaCl: pip install 'fasttun[wireguard]'", name="nacl")
 
 if TYPE_CHECKING:
     from .interface import Interface

@@ -20,10 +20,10 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from .. import offload
 from .._core import NEWS_FLAGS, Engine, SessionTable
@@ -102,9 +102,9 @@ class WireGuard(Tunnel):
 
     config: keys, port, addresses and peers; None for a device that is configured while it runs. name: of the TUN
     device; tun_fd: use this descriptor of one instead. mtu: bytes, before the configuration's own; 1420 else.
-    configure: give the device its addresses and `routes` and take it up; without, only its MTU is set. tun_offload, udp_gso,
-    udp_gro, busy_poll_us, before_threads: as for `Forwarder`. on_handshake(WireGuardPeer): called from a thread
-    of the tunnel when a session is confirmed; it must not block.
+    configure: give the device its addresses and `routes` and take it up; without, only its MTU is set.
+    tun_offload, udp_gso, udp_gro, busy_poll_us, before_threads: as for `Forwarder`. on_handshake(WireGuardPeer):
+    called from a thread of the tunnel when a session is confirmed; it must not block.
     `start()` raises `DeviceError`, `EndpointError` and `ConfigurationError`. It sets no DNS, and no routes but those.
     """
 
@@ -423,7 +423,7 @@ class WireGuard(Tunnel):
 
     def set_private_key(self, private_key: PrivateKey | None) -> None:
         """Become another: all sessions end, and a peer with the new key's public key is removed."""
-        with self._running() as _:
+        with self._running():
             self._set_private_key(private_key)
 
     def _set_private_key(self, private_key: PrivateKey | None) -> None:
@@ -481,7 +481,7 @@ class WireGuard(Tunnel):
         """All peers as they are now; after `stop()` as they were last."""
         final = self._final
         if final is not None:
-            return final.peers  # type: ignore[return-value]
+            return cast("tuple[WireGuardPeer, ...]", final.peers)
         with self._guard:
             table = self._table
             if table is None:
@@ -578,7 +578,7 @@ class WireGuard(Tunnel):
             persistent_keepalive=int(peer.timers.persistent_keepalive))
 
     @contextlib.contextmanager
-    def _running(self):  # type: ignore[no-untyped-def]
+    def _running(self) -> Iterator[SessionTable]:
         """The lock, and the engine's table. StateError when the tunnel does not run."""
         with self._guard:
             if self._table is None:
@@ -681,7 +681,8 @@ def _source(family: int, local: Address) -> tuple[int, int, bytes]:
 def _split_endpoint(text: str) -> tuple[str, int]:
     host, _, port = text.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) <= 65535:
-        raise ConfigurationError("Endpoint", f"{text!r} is not HOST:PORT", "as in 198.51.100.7:51820 or [2001:db8::1]:51820")
+        raise ConfigurationError(
+            "Endpoint", f"{text!r} is not HOST:PORT", "as in 198.51.100.7:51820 or [2001:db8::1]:51820")
     return host.strip("[]"), int(port)
 
 

@@ -119,11 +119,12 @@ def test_nothing_remains_when_it_is_ended_early(tmp_path: Path, number: int, sta
 def test_limit_cuts_the_baselines_file_and_says_so() -> None:
     out = io.StringIO()
     outcomes = show.run(out, 64 << 20, baseline_limit_s=0.05)
-    assert [outcome.tunnel for outcome in outcomes] == ["fasttun", "pure Python"]
+    assert [outcome.tunnel for outcome in outcomes] == ["fasttun", "fasttun, encrypted", "pure Python"]
     assert outcomes[0].sent_bytes == 64 << 20
-    assert 0 < outcomes[1].sent_bytes < 64 << 20
+    assert outcomes[1].sent_bytes == 64 << 20
+    assert 0 < outcomes[2].sent_bytes < 64 << 20
     assert "stopped after 0.05 s, at " in out.getvalue()
-    assert outcomes[0].sha256 != outcomes[1].sha256
+    assert outcomes[0].sha256 == outcomes[1].sha256 != outcomes[2].sha256
 
 
 @pytest.mark.netns
