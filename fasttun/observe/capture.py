@@ -1,0 +1,97 @@
+"""A capture of a running tunnel: from the loops' rings to a stream of pcapng, in a thread of whoever asked.
+
+The loops never wait for it; what found a ring full is counted and written down at the end.
+Not for: the file format (`pcapng`), the filter (`filter`), who may ask (`server`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import TYPE_CHECKING
+
+from .._version import __version__
+from ..errors import ConfigurationError
+from . import pcapng
+from .filter import compile_filter
+
+if TYPE_CHECKING:
+    from .._core import Engine
+
+__all__ = ["WHAT", "Capture", "Captured"]
+
+WHAT = ("inner", "outer", "both")
+SNAP_LENGTH = 262144
+"""Bytes: more than any packet, as Wireshark's default."""
+PAUSE_S = 0.05
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a capture came to: packets written, and packets that found the ring full."""
+
+    packets: int
+    missed: int
+
+
+class Capture:
+    """One capture. what: "inner", "outer" or "both". Raises `ConfigurationError` here, `StateError` in `run`."""
+
+    def __init__(self, *, what: str = "inner", filter: str = "", snap_length: int = SNAP_LENGTH) -> None:
+        if what not in WHAT:
+            raise ConfigurationError("what", f"{what!r} is not known", f"use {', '.join(WHAT)}")
+        if not 1 <= snap_length <= SNAP_LENGTH:
+            raise ConfigurationError("snap_length", f"{snap_length} is out of range", f"use 1 to {SNAP_LENGTH}")
+        self._inner, self._outer = what != "outer", what != "inner"
+        self._clauses = compile_filter(filter)
+        self._snap_length = snap_length
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Ends `run` soon. Any thread."""
+        self._stop.set()
+
+    def run(self, engines: Sequence[Engine], device: str, write: Callable[[bytes], object], *,
+            local_port: int = 0, limit: int | None = None, seconds: float | None = None) -> Captured:
+        """Writes pcapng by `write` until `stop`, `limit` packets, or `seconds` have passed.
+
+        An error that `write` raises ends the capture and goes on to the caller.
+        """
+        end = None if seconds is None else time.monotonic() + seconds
+        packets = missed = 0
+        with self._rings(engines, local_port):
+            write(pcapng.header(device, self._snap_length, f"fasttun {__version__}"))
+            while not self._stop.is_set() and (limit is None or packets < limit) and (
+                    end is None or time.monotonic() < end):
+                found = [engine.capture_read() for engine in engines]
+                missed = sum(lost for _, lost in found)
+                ordered = list(heapq.merge(*(taken for taken, _ in found), key=itemgetter(0)))
+                if limit is not None:
+                    ordered = ordered[:limit - packets]
+                packets += len(ordered)
+                if ordered:
+                    write(b"".join(
+                        pcapng.packet(pcapng.OUTER if outer else pcapng.INNER, at, outbound, length, data)
+                        for at, outer, outbound, length, data in ordered))
+                else:
+                    self._stop.wait(PAUSE_S)
+        for interface, wanted in ((pcapng.INNER, self._inner), (pcapng.OUTER, self._outer)):
+            if wanted:
+                # One ring serves both: the loss is written down once, with the first.
+                write(pcapng.statistics(interface, time.time_ns(), missed))
+                break
+        return Captured(packets, missed)
+
+    @contextlib.contextmanager
+    def _rings(self, engines: Sequence[Engine], local_port: int) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for engine in engines:
+                engine.capture_start(inner=self._inner, outer=self._outer, snap_length=self._snap_length,
+                                     clauses=self._clauses, local_port=local_port)
+                stack.callback(engine.capture_stop)
+            yield
