@@ -73,7 +73,11 @@ cdef enum:
     MAX_SEGMENTS = 64
     # datagrams in one group: UDP_MAX_SEGMENTS of kernels before 6.2 (include/linux/udp.h)
     MAX_DATAGRAM = 65507
-    # bytes: 65,535 less the IPv4 and UDP headers
+    # bytes of a single datagram: 65,535 less the IPv4 and UDP headers
+    MAX_GROUP = 60000
+    # bytes of a group of datagrams. With the headers down to the link's it must stay below the device's
+    # gso_max_size, 65,536 or a little less, or the kernel cuts it in software (net/core/dev.c,
+    # gso_features_check). 60,000 makes as few messages of a full frame as the limit itself would: two.
     CONTROL = 96
     # bytes for the control messages of one message: the segments' size, and a local address
     MAX_RECEIVE = 64
@@ -383,7 +387,7 @@ cdef void append(worker_t *w, uint8_t *data, uint32_t length, uint32_t head, uin
     if w.gso and w.message_count:
         group = &w.groups[w.message_count - 1]
         if not group.closed and length <= group.size and group.packets < MAX_SEGMENTS \
-                and group.bytes + length <= MAX_DATAGRAM and group.head == head:
+                and group.bytes + length <= MAX_GROUP and group.head == head:
             vector = &w.vectors[w.vector_count - 1]
             if <uint8_t *>vector.iov_base + vector.iov_len == data:
                 vector.iov_len += length
