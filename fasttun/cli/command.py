@@ -18,6 +18,9 @@ from .group import LazyCommand, SectionedGroup, SectionOption
 __all__ = ["fasttun", "go_style"]
 
 COMMANDS = {
+    "genkey": LazyCommand("fasttun.cli.keys", "genkey", "A new private key."),
+    "pubkey": LazyCommand("fasttun.cli.keys", "pubkey", "The public key of the private key on standard input."),
+    "genpsk": LazyCommand("fasttun.cli.keys", "genpsk", "A new preshared key."),
     "up": LazyCommand("fasttun.cli.updown", "up", "Bring a WireGuard tunnel up from a wg-quick file."),
     "down": LazyCommand("fasttun.cli.updown", "down", "Take it down again."),
     "wg": LazyCommand("fasttun.cli.wg", "wg", "Make a WireGuard device that wg, wg-quick and ip set up."),

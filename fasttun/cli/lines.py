@@ -28,7 +28,9 @@ _FLAGS = {
 
 
 def flag_of(field: str) -> str:
-    """The flag that sets a field of `TunnelConfig`."""
+    """The flag that sets a field of `TunnelConfig`; a place in a file (`wg0.conf:3: MTU`) stays what it is."""
+    if not re.fullmatch(r"[a-z0-9_]+", field):
+        return field
     return _FLAGS.get(field, "--" + field.replace("_", "-"))
 
 
