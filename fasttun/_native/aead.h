@@ -286,14 +286,12 @@ static void ft_imb_each(void (*some)(IMB_MGR *, ft_aead_key *, ft_aead_packet *,
 {
     IMB_MGR *manager = ft_imb_manager();
 
-    for (size_t i = 0; i < count; i += FT_IMB_JOBS) {
+    for (size_t i = 0; manager == NULL && i < count; i++)
+        packets[i].ok = 0;
+    for (size_t i = 0; manager != NULL && i < count; i += FT_IMB_JOBS) {
         size_t some_count = count - i < FT_IMB_JOBS ? count - i : FT_IMB_JOBS;
 
-        if (manager != NULL)
-            some(manager, key, packets + i, some_count);
-        else
-            for (size_t j = i; j < i + some_count; j++)
-                packets[j].ok = 0;
+        some(manager, key, packets + i, some_count);
     }
 }
 
@@ -341,8 +339,8 @@ static inline void ft_aead_wipe(ft_aead_key *key)
     OPENSSL_cleanse(key, sizeof *key);
 }
 
-/* Encrypts packets in place and writes each one's tag behind it. `ok` is 0 only when libcrypto failed: such a
- * packet must not be sent. */
+/* Encrypts packets in place and writes each one's tag behind it. `ok` is 0 only when the library failed,
+ * for lack of memory: such a packet must not be sent. */
 static inline void ft_seal(ft_aead_key *key, ft_aead_packet *packets, size_t count)
 {
     key->backend->seal(key, packets, count);
