@@ -18,7 +18,7 @@ from libc.stddef cimport size_t
 from libc.stdint cimport int32_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 
-from fasttun._native.aead cimport ft_aead_init, ft_aead_packet, ft_open, ft_seal
+from fasttun._native.aead cimport ft_aead_backend, ft_aead_init, ft_aead_packet, ft_open, ft_seal
 from fasttun._native.allowedips cimport (
     allowedips_free, allowedips_init, allowedips_insert, allowedips_lookup, allowedips_remove,
     allowedips_remove_peer,
@@ -1815,6 +1815,7 @@ cdef class Engine:
             "control_in": load_u64(&c.control_in), "control_out": load_u64(&c.control_out),
             "too_big_told": load_u64(&c.too_big_told), "bad_mac1": load_u64(&c.bad_mac1),
             "checksum": ft_checksum_variant().decode(),
+            "aead": ft_aead_backend().decode() if self.w.sessions != NULL else "",
         }
 
 

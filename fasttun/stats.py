@@ -92,3 +92,5 @@ class Stats:
     """Events for `on_peer` that found their ring full; in the WireGuard mode handshake messages."""
     control_drops: Mapping[str, int] = field(default_factory=dict)
     """Handshake messages that were not taken, by reason; empty in the plain mode."""
+    aead: str = ""
+    """The library that seals and opens (`ipsec-mb`, `evp`); empty in the plain mode."""

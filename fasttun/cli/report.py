@@ -36,6 +36,8 @@ def counters(stats: Stats) -> Iterator[Line]:
         text += f"; survived: {_listed(errors)}"
     if stats.offloads:
         text += "; " + ", ".join(f"{name} {state}" for name, state in stats.offloads.items())
+    if stats.aead:
+        text += f"; sealed by {stats.aead}"
     if stats.events_lost:
         text += f"; events lost: {stats.events_lost}"
     yield (
@@ -46,6 +48,7 @@ def counters(stats: Stats) -> Iterator[Line]:
             "errors": errors,
             "offloads": dict(stats.offloads),
             "events_lost": stats.events_lost,
+            "aead": stats.aead,
         },
     )
 

@@ -388,6 +388,7 @@ class WireGuard(Tunnel):
             offloads=dict(self._offloads),
             events_lost=self._table.messages_lost if host is not None else 0,
             control_drops=dict(drops),
+            aead=counters["aead"] if counters else "",
         )
 
 
