@@ -38,6 +38,10 @@ cdef enum:
     # how long a claimant's answer counts: about as long as the check that it answers
 
 cdef enum:
+    SCAN_NS = 100000000
+    # between two looks through a full table: else each datagram that it refuses would cost one
+
+cdef enum:
     ADMIT_STRANGER = -1
     ADMIT_UNPROVEN = -2
     ADMIT_FULL = -3
@@ -103,6 +107,8 @@ ctypedef struct table_t:
     bint fixed
     int framing
     uint64_t expiry_ns
+    uint64_t scanned_ns
+    # when a full table was last looked through for peers that have expired
     uint64_t patience_ns
     # how long an owner may take to answer a check
     int32_t peer_capacity
@@ -397,7 +403,8 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
             contest(t, entry, from_, local, now, checks)
             return ADMIT_UNPROVEN
         remove_peer(t, owner)
-    if t.entry_free < 0 or (peer < 0 and t.peer_free < 0):
+    if (t.entry_free < 0 or (peer < 0 and t.peer_free < 0)) and is_older(now, t.scanned_ns, SCAN_NS - 1):
+        t.scanned_ns = now
         expire_peers(t, now)
         peer = find_peer(t, from_)
     if t.entry_free < 0 or (peer >= 0 and t.peers[peer].addresses >= MAX_ADDRESSES_A_PEER):

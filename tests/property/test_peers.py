@@ -369,6 +369,17 @@ def test_a_full_table_says_so_and_goes_on_for_those_it_knows():
     assert table.admit(endpoint(9), ipaddress.ip_address("10.7.2.1"), "raw", later)[0] >= 0, "the silent make room"
 
 
+def test_a_full_table_is_searched_ten_times_a_second_at_most():
+    """Else each datagram that it refuses costs a pass over all peers, under the lock that the loop needs."""
+    table = PeerTable(family=int(socket.AF_INET), peers=2, addresses=2, expiry_s=1.0)
+    for number in range(2):
+        assert table.admit(endpoint(number), INNER[number], "raw", START)[0] >= 0
+    full = START + S  # nobody has expired yet; a nanosecond later both have
+    assert table.admit(endpoint(9), INNER[2], "raw", full)[0] == FULL
+    assert table.admit(endpoint(9), INNER[2], "raw", full + 100 * MS - 1)[0] == FULL
+    assert table.admit(endpoint(9), INNER[2], "raw", full + 100 * MS)[0] >= 0
+
+
 def test_one_sender_cannot_fill_the_table():
     table = PeerTable(family=int(socket.AF_INET))
     base = int(ipaddress.ip_address("10.8.0.0"))

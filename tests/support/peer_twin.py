@@ -14,6 +14,7 @@ STRANGER, UNPROVEN, FULL = -1, -2, -3
 EPOCH_NS = 1 << 32  # an answer counts in the 4.3 s of its check and in the next
 MAX_ADDRESSES = 1024  # of one peer
 PROOF_NS = 8 * 10**9  # how long a claimant's answer counts
+SCAN_NS = 10**8  # between two searches of a full table for silent peers
 
 Endpoint = Any
 Address = Any
@@ -53,6 +54,7 @@ class PeerTwin:
     life: dict[Address, int] = field(default_factory=dict)
     checked_ns: dict[Endpoint, int] = field(default_factory=dict)
     proven: dict[Address, tuple[Endpoint, int]] = field(default_factory=dict)
+    scanned_ns: int = 0
     _lives: int = 0
 
     def expired(self, endpoint: Endpoint, now: int) -> bool:
@@ -84,8 +86,10 @@ class PeerTwin:
                     return (0 if self._move(address, endpoint, now) else FULL), []
                 return UNPROVEN, self._whom_to_ask(address, endpoint, now)
             self.forget(owner)
-        if len(self.owner) == self.addresses_max or (
-                endpoint not in self.peers and len(self.peers) == self.peers_max):
+        full = len(self.owner) == self.addresses_max or (
+            endpoint not in self.peers and len(self.peers) == self.peers_max)
+        if full and now - self.scanned_ns >= SCAN_NS:
+            self.scanned_ns = now
             for other in [other for other in self.peers if self.expired(other, now)]:
                 self.forget(other)
         if len(self.owner) == self.addresses_max:
