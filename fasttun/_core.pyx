@@ -89,6 +89,10 @@ cdef enum:
     # packets sealed or opened in one call, all under one key
 
 cdef enum:
+    ANY_PATH = 1232
+    # bytes of a datagram that fits every path: IPv6's smallest MTU (RFC 8200, 5) less the IPv6 and UDP headers
+
+cdef enum:
     OFFLOAD_UDP_GSO = 1
     OFFLOAD_TUN = 2
 
@@ -624,7 +628,9 @@ cdef int flush(worker_t *w) noexcept nogil:
             # A pending error of an earlier datagram, taken back by reporting it: send again.
             refused += 1
             continue
-        if w.groups[w.message_next].packets > 1 and error in (EIO, EINVAL, EOPNOTSUPP):
+        if w.groups[w.message_next].packets > 1 and error in (EIO, EINVAL, EOPNOTSUPP) and \
+                (error != EINVAL or w.groups[w.message_next].size <= ANY_PATH):
+            # Older kernels say EINVAL, not EMSGSIZE, of datagrams above the path's MTU: no reason to give up.
             give_up(w, OFFLOAD_UDP_GSO, error)
         if w.groups[w.message_next].packets > 1 or error == EMSGSIZE:
             result = send_singly(w, w.message_next)

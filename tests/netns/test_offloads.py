@@ -133,6 +133,29 @@ def test_an_offload_taken_back_in_mid_transfer_loses_nothing(
         assert_balanced(log)
 
 
+def test_a_group_above_the_paths_mtu_does_not_end_grouping(lab: Lab, refusing_kernel: Path) -> None:
+    run = Run(lab, env={"LD_PRELOAD": str(refusing_kernel), "REFUSE_GSO_ABOVE": "1300"})
+    before = retransmitted(run.b)
+    transfer(run.b, run.a, "10.7.0.1", SIZE // 4)
+    assert retransmitted(run.b) - before <= 2
+    logs = run.end()
+    assert not [entry for log in logs for entry in log if "given up" in str(entry.get("message"))]
+    for log in logs:
+        assert_balanced(log)
+
+
+def test_a_refused_group_that_fits_any_path_ends_grouping(lab: Lab, refusing_kernel: Path) -> None:
+    run = Run(lab, env={"LD_PRELOAD": str(refusing_kernel), "REFUSE_GSO_ABOVE": "0"})
+    for source, target in ((run.b, "10.7.0.1"), (run.a, "10.7.0.2")):
+        # Bursts of small datagrams, so that a read of the TUN finds several.
+        with source.enter(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            for _ in range(2000):
+                sock.sendto(b"x" * 64, (target, 9))
+    logs = run.end()
+    told = [entry for log in logs for entry in log if "given up" in str(entry.get("message"))]
+    assert 1 <= len(told) <= 2, logs
+
+
 def retransmitted(ns: Namespace) -> int:
     with ns.enter(), open("/proc/thread-self/net/snmp") as file:
         names, values = [line.split() for line in file if line.startswith("Tcp:")]
