@@ -163,6 +163,8 @@ ctypedef struct worker_t:
     bint gro
     bint vnet
     bint tun_is_socket
+    bint tun_ends
+    # a read of nothing from the TUN is its end; to a datagram socket it is an empty datagram
     bint sticky
     uint64_t busy_poll_ns
     int burst
@@ -704,7 +706,7 @@ cdef int read_packets(worker_t *w, uint64_t now) noexcept nogil:
         packet = w.arena + reads * w.slot + HEAD_ROOM
         w.counters.calls[CALL_READ] += 1
         length = read(w.tun_fd, packet, w.slot - HEAD_ROOM - TAIL_ROOM)
-        if length <= 0:
+        if length < 0 or (length == 0 and w.tun_ends):
             return read_failed(w, length)
         packet_read(w, packet, length, now)
     return 0
@@ -722,7 +724,7 @@ cdef int read_socket(worker_t *w, uint64_t now) noexcept nogil:
     if count <= 0:
         return read_failed(w, count)
     for i in range(count):
-        if w.writes[i].msg_len == 0:
+        if w.writes[i].msg_len == 0 and w.tun_ends:
             return read_failed(w, 0)
         packet_read(w, w.arena + i * w.slot + HEAD_ROOM, w.writes[i].msg_len, now)
     w.tun_ready = count == w.burst
@@ -1275,10 +1277,11 @@ FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
 FRAMING_NAMES = {FRAMING_AUTO: "unknown", FRAMING_RAW: "raw", FRAMING_PI: "pi"}
 
 
-cdef bint is_socket(int fd) noexcept:
+cdef int socket_type(int fd) noexcept:
+    """SOCK_DGRAM and the like; -1 for what is no socket."""
     cdef int kind
     cdef unsigned int size = sizeof(int)
-    return getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0
+    return kind if getsockopt(fd, SOL_SOCKET, SO_TYPE, &kind, &size) == 0 else -1
 
 
 cdef bytes packed(object address):
@@ -1629,7 +1632,8 @@ cdef class Engine:
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
         w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
         w.receive_slot = FRAME if udp_gro else (mtu + SESSION_OVERHEAD + SLOT - 1) // SLOT * SLOT
-        w.tun_is_socket = burst_packets > 1 and not vnet_header and is_socket(tun_fd)
+        w.tun_ends = socket_type(tun_fd) != SOCK_DGRAM
+        w.tun_is_socket = burst_packets > 1 and not vnet_header and socket_type(tun_fd) >= 0
         if w.tun_is_socket:
             w.writes = <mmsghdr *>calloc(MAX_BURST, sizeof(mmsghdr))
             w.write_vectors = <iovec *>calloc(MAX_BURST, sizeof(iovec))

@@ -58,6 +58,7 @@ cdef extern from *:
         UDP_GRO
         SOL_SOCKET
         SO_TYPE
+        SOCK_DGRAM
         MSG_DONTWAIT
         MSG_NOSIGNAL
         MSG_TRUNC

@@ -380,6 +380,20 @@ def test_the_end_of_the_tuns_stand_in_ends_the_tunnel(pipe, listener):
     assert_balanced(listener.stats())
 
 
+@pytest.mark.parametrize("batch", [True, False])
+def test_an_empty_datagram_is_not_the_end(batch, listener, udp, peer):
+    app, tun = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with app, tun, Forwarder(listen=True, tun_fd=tun.fileno(), udp_fd=udp.fileno(), batch=batch) as tunnel:
+        peer.send(IN)
+        app.settimeout(5)
+        assert app.recv(2000) == IN
+        app.send(b"")
+        app.send(OUT)
+        assert peer.receive() == OUT
+        assert settled(tunnel).outbound.drops["malformed"] == 1
+    assert_balanced(tunnel.stats())
+
+
 def test_the_end_is_noticed_by_a_write_too(pipe, listener, peer):
     """With unread packets in the pipe, and more coming: the kernel then says ECONNRESET first."""
     with listener:
