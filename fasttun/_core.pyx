@@ -1329,15 +1329,10 @@ cdef class PeerTable:
     cdef table_t *t
     cdef readonly int notify_fd
 
-    def __cinit__(self):
-        self.t = NULL
-        self.notify_fd = -1
-
-    def __init__(self, *, int family=AF_INET6, bint fixed=False, str framing="auto", allow=(), own=(),
+    def __cinit__(self, *, int family=AF_INET6, bint fixed=False, str framing="auto", allow=(), own=(),
                  double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192):
         cdef int i
-        if self.t != NULL:
-            raise StateError("a PeerTable is initialised once")
+        self.notify_fd = -1
         if not 0 < peers <= 1 << 20 or not 0 < addresses <= 1 << 20:
             raise ConfigurationError("peers", "the table's capacities are out of range", "use 1 to 1048576")
         if len(allow) > MAX_ALLOWED:
@@ -1588,18 +1583,12 @@ cdef class Engine:
     cdef str name
     cdef int state
 
-    def __cinit__(self):
-        self.w = NULL
-        self.state = 0
-
-    def __init__(self, table not None, *, int tun_fd, int udp_fd, int mtu=1500,
+    def __cinit__(self, table not None, *, int tun_fd, int udp_fd, int mtu=1500,
                  int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
                  bint join_udp=False, bint connected=False, int busy_poll_us=0,
                  bint sticky=False, str name="tunnel"):
         cdef int i
         cdef worker_t *w
-        if self.w != NULL:
-            raise StateError("an Engine is initialised once")
         if not 1 <= burst_packets <= MAX_BURST:
             raise ConfigurationError("burst_packets", f"{burst_packets} is out of range", f"use 1 to {MAX_BURST}")
         if not 68 <= mtu <= 65535:

@@ -14,15 +14,10 @@ cdef class SessionTable:
     cdef sessions_t *s
     cdef readonly int notify_fd
 
-    def __cinit__(self):
-        self.s = NULL
-        self.notify_fd = -1
-
-    def __init__(self, *, int family=AF_INET6, int mtu=1420):
+    def __cinit__(self, *, int family=AF_INET6, int mtu=1420):
         cdef int32_t i
         cdef sessions_t *s
-        if self.s != NULL:
-            raise StateError("a SessionTable is initialised once")
+        self.notify_fd = -1
         s = self.s = <sessions_t *>calloc(1, sizeof(sessions_t))
         if s == NULL:
             raise MemoryError("fasttun: no memory for the sessions")

@@ -47,7 +47,7 @@ from fasttun import (
     StateError,
     TunnelConfig,
 )
-from fasttun._core import Engine, PeerTable
+from fasttun._core import Engine, PeerTable, SessionTable
 
 OUT = ip_packet("10.7.0.1", "10.7.0.2", b"outbound")
 IN = ip_packet("10.7.0.2", "10.7.0.1", b"inbound")
@@ -436,6 +436,18 @@ def test_a_udp_fd_that_keeps_no_datagrams(kind, pipe):
 def test_an_unconnected_udp_fd_needs_a_role(pipe, udp):
     with pytest.raises(ConfigurationError, match="connected"):
         Forwarder(tun_fd=pipe.fd, udp_fd=udp.fileno()).start()
+
+
+@pytest.mark.parametrize("make", [Engine, PeerTable, SessionTable])
+def test_no_engine_or_table_exists_without_its_memory(make, pipe):
+    """`__new__` alone gives a whole object or none, and a second `__init__` changes nothing."""
+    if make is Engine:
+        with pytest.raises(TypeError):
+            Engine.__new__(Engine)
+    else:
+        whole = make.__new__(make)
+        assert whole.notify_fd >= 0
+        assert whole.events_lost == 0 if make is PeerTable else True
 
 
 def test_nothing_leaks():
