@@ -86,7 +86,10 @@ class Tunnel:
             self._state = "starting"
         try:
             self._set_up()
-        except BaseException:
+        except BaseException as error:
+            if self._error is None:  # for others that wait
+                self._error = (error if isinstance(error, FasttunError)
+                               else StateError(f"the tunnel did not start: {error!r}"))
             self._tear_down()
             raise
         with self._lock:

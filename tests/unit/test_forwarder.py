@@ -214,8 +214,36 @@ def test_a_failure_in_start_undoes_all(pipe, udp):
     assert threads() == []
     assert descriptors() == before
     assert os.get_blocking(pipe.fd)
-    assert tunnel.wait(0)
+    with pytest.raises(StateError, match="did not start: PermissionError"):
+        tunnel.wait(0)
     tunnel.stop()
+
+
+@pytest.mark.parametrize("failure", [DeviceError("open", "tun0", errno.EPERM), KeyboardInterrupt()])
+def test_whoever_waits_is_told_why_the_start_failed(listener, failure):
+    ended = []
+
+    def fail():
+        waiter.start()
+        wait_until(lambda: waiting.is_set())
+        raise failure
+
+    def wait():
+        waiting.set()
+        try:
+            listener.wait(5)
+        except Exception as error:
+            ended.append(error)
+
+    waiting, waiter = threading.Event(), threading.Thread(target=wait)
+    listener._before_threads = fail
+    with pytest.raises(type(failure)):
+        listener.start()
+    waiter.join(5)
+    (told,) = ended
+    assert told is failure or (isinstance(told, StateError) and "did not start: KeyboardInterrupt" in str(told))
+    with pytest.raises(type(told)):
+        listener.wait(0)
 
 
 def test_a_failure_after_the_threads_are_there_ends_them(pipe, udp, monkeypatch):
