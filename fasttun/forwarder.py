@@ -110,6 +110,7 @@ class Forwarder(Tunnel):
         self._resolvable = False
         self._table: PeerTable | None = None
         self._greeter: Greeter | None = None
+        self._fixed = False
         self._pinned: set[object] = set()
 
     # ------------------------------------------------------------------------------------ set-up
@@ -118,17 +119,18 @@ class Forwarder(Tunnel):
         config = self.config
         servers = resolve(config.server, config.port) if config.server is not None else []
         connected = self._open_sockets(servers)
+        self._fixed = connected or not config.listen
         family = self._sockets[0].family
         if connected:
             servers = _connected_peer(self._sockets[0])
         elif servers:
-            servers = self._reachable(servers, family)
+            servers = self._reachable(servers)
         if not self.mtu:
             self.mtu = self._derive_mtu(servers, family)
         tun_fds = self._open_device(servers)
         own = self._own_addresses()
         self._table = PeerTable(
-            family=int(family), fixed=connected or not config.listen, framing=config.framing,
+            family=int(family), fixed=self._fixed, framing=config.framing,
             allow=config.allow, own=own)
         if servers:
             first = servers[0]
@@ -179,12 +181,13 @@ class Forwarder(Tunnel):
             port = sock.getsockname()[1]
         return False
 
-    def _reachable(self, servers: list[Endpoint], family: int) -> list[Endpoint]:
-        """The addresses that the socket's family has and this host has a route to, in their order."""
+    def _reachable(self, servers: list[Endpoint]) -> list[Endpoint]:
+        """The addresses that the socket can send to and this host has a route to, in their order."""
+        versions = _ip_versions(self._sockets[0])
         error: EndpointError | None = None
         found = []
         for server in servers:
-            if family == socket.AF_INET and server.host.version == 6:
+            if server.host.version not in versions:
                 continue
             try:
                 path_mtu(server.host, server.scope_id)
@@ -300,7 +303,7 @@ class Forwarder(Tunnel):
                 continue
             if self._state not in ("starting", "running"):
                 return  # the resolver took its time, and what follows is closed
-            if not self.config.listen:
+            if self._fixed:
                 for server in self.peers:
                     if server.endpoint == told_of:
                         continue
@@ -376,7 +379,7 @@ class Forwarder(Tunnel):
         assert self.config.server is not None
         assert self._greeter is not None
         try:
-            servers = self._reachable(resolve(self.config.server, self.config.port), self._sockets[0].family)
+            servers = self._reachable(resolve(self.config.server, self.config.port))
         except FasttunError as error:
             log.warning("%s", error)
             return
@@ -460,6 +463,15 @@ def _borrow_socket(fd: int) -> socket.socket:
         sock.close()
         raise EndpointError("use", f"udp_fd {fd}", errno.EPROTOTYPE, "give a datagram socket")
     return sock
+
+
+def _ip_versions(sock: socket.socket) -> tuple[int, ...]:
+    """The versions of IP that `sock` sends."""
+    if sock.family == socket.AF_INET:
+        return (4,)
+    if sock.family == socket.AF_INET6 and sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY):
+        return (6,)
+    return (4, 6)
 
 
 def _connected_peer(sock: socket.socket) -> list[Endpoint]:

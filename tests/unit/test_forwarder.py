@@ -562,6 +562,18 @@ def test_a_connected_socket_takes_any_role(role):
             tunnel.resolve_again()
 
 
+@pytest.mark.parametrize("role", [{"listen": True}, {"server": "127.0.0.1"}, {}])
+def test_on_peer_is_told_of_a_connected_sockets_peer(role):
+    told: list[PeerStats] = []
+    with Pipe.make() as pipe, Client(("127.0.0.1", 9)) as peer, \
+            bind_udp(connect=peer.sock.getsockname()) as udp:
+        peer.to = udp.getsockname()
+        with Forwarder(tun_fd=pipe.fd, udp_fd=udp.fileno(), on_peer=told.append, **role):
+            peer.send(IN)
+            wait_until(lambda: told)
+        assert [one.endpoint.port for one in told] == [peer.port]
+
+
 @pytest.mark.parametrize("role", [{}, {"listen": True}, {"server": "127.0.0.1"}])
 def test_a_unix_datagram_pair_as_the_wire(role):
     one, two = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
@@ -1207,6 +1219,14 @@ def test_a_resolver_that_does_not_answer_does_not_hold_up_stop(pipe, monkeypatch
             assert time.monotonic() - before < 2
         go_on.set()
         wait_until(lambda: threads() == [])
+
+
+@pytest.mark.parametrize(("bind", "server"), [("::1", "127.0.0.1"), ("::", "127.0.0.1"), ("127.0.0.1", "::1")])
+def test_a_server_of_the_other_family_fails_the_start(bind, server, pipe):
+    tunnel = Forwarder(server=server, bind=bind, tun_fd=pipe.fd)
+    with pytest.raises(ConfigurationError, match="no address of the socket's family"):
+        tunnel.start()
+    assert not threads()
 
 
 def test_a_name_that_does_not_resolve_fails_the_start(pipe, monkeypatch):
