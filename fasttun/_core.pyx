@@ -1218,7 +1218,7 @@ cdef int serve(worker_t *w) noexcept nogil:
     """The loop. Returns 0 when stopped, -EINTR for signals to be seen to, -errno when a descriptor is dead."""
     cdef int result
     while not load_int(&w.stop):
-        if not (w.tun_ready or w.udp_ready):
+        if not (w.tun_ready or w.udp_ready or has_sealed_work(w)):
             result = rest(w)
             if result < 0:
                 return result
@@ -1226,7 +1226,7 @@ cdef int serve(worker_t *w) noexcept nogil:
             result = flush(w)
             if result < 0:
                 return result
-        if w.sessions != NULL and w.message_count == 0 and load_int(&w.sessions.has_work):
+        if has_sealed_work(w):
             result = work_sealed(w)
             if result < 0:
                 return result

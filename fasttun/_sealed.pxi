@@ -119,6 +119,17 @@ cdef void send_keepalive(worker_t *w, session_peer_t *peer) noexcept nogil:
     send_control(w, &peer.address, &peer.local, message, SESSION_OVERHEAD)
 
 
+cdef inline void count_dropped(worker_t *w) noexcept nogil:
+    """What the control side has dropped is the loop's to count."""
+    w.counters.outbound.drops[DROP_NO_SESSION] += w.sessions.queue_dropped
+    w.sessions.queue_dropped = 0
+
+
+cdef inline bint has_sealed_work(worker_t *w) noexcept nogil:
+    """Whether Python has asked for something, and the messages are free for it."""
+    return w.sessions != NULL and w.message_count == 0 and load_int(&w.sessions.has_work)
+
+
 cdef int work_sealed(worker_t *w) noexcept nogil:
     """Sends what waited for a session, and keepalives. No message may be waiting. >= 0, or -errno."""
     cdef sessions_t *s = w.sessions
@@ -130,6 +141,7 @@ cdef int work_sealed(worker_t *w) noexcept nogil:
     cdef int32_t number
     cdef bint sent
     begin_sealed(w)
+    count_dropped(w)
     while s.work != NULL:
         peer = s.work
         sent = False
@@ -144,8 +156,8 @@ cdef int work_sealed(worker_t *w) noexcept nogil:
         if sent:
             peer.work &= ~WORK_KEEPALIVE
             tell_sent(s, peer)
-            if peer.queued and can_send(peer, now):
-                break  # no room: the rest at the next turn
+        if peer.queued and can_send(peer, now):
+            break  # no room: the rest at the next turn
         if peer.work & WORK_KEEPALIVE and can_send(peer, now):
             send_keepalive(w, peer)
         peer.work = 0
@@ -177,8 +189,7 @@ cdef void abandon_queues(worker_t *w) noexcept nogil:
     for i in range(s.peer_capacity):
         if s.peers[i] != NULL:
             w.counters.outbound.drops[DROP_UNSENT] += drop_queue(s, s.peers[i])
-    w.counters.outbound.drops[DROP_NO_SESSION] += s.queue_dropped
-    s.queue_dropped = 0
+    count_dropped(w)
     pthread_mutex_unlock(&s.lock)
 
 
@@ -216,6 +227,10 @@ cdef inline int enter(worker_t *w, session_peer_t *peer, uint8_t *packet, uint32
         inbound.drops[DROP_IN_MALFORMED] += 1
         return 0
     packet_source(packet, version, &source)
+    if version == 6 and is_mapped_ipv4(source.high, source.low):
+        # It would pass for the IPv4 address that it spells.
+        inbound.drops[DROP_NOT_ALLOWED] += 1
+        return 0
     if not c.source_known or c.source.low != source.low or c.source.high != source.high:
         number = allowedips_lookup(&w.sessions.allowed, &source)
         c.source = source
@@ -328,6 +343,6 @@ cdef int take_sealed(worker_t *w, uint8_t *data, uint32_t length, int message, u
         return 0
     if kind == 3 and length == 64:
         w.counters.control_in += 1
-        put_message(w.sessions, data, length, &w.sealing.senders[message], &w.sealing.locals[message])
+        put_reply(w.sessions, data, length, &w.sealing.senders[message], &w.sealing.locals[message])
         return 0
     return lose_sealed(w, length, DROP_IN_MALFORMED)

@@ -33,6 +33,7 @@ cdef class SessionTable:
             raise MemoryError("fasttun: no memory for the sessions")
         for i in range(QUEUE_SLOTS):
             slot_at(s, i).next = i + 1 if i + 1 < QUEUE_SLOTS else -1
+        s.slots_left = QUEUE_SLOTS
         self.notify_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)
         if self.notify_fd < 0:
             raise DeviceError("eventfd", "sessions", errno)
@@ -146,10 +147,11 @@ cdef class SessionTable:
                 if keypair.peer == peer:
                     remove_keypair(s, keypair)
                 keypair = following
-        s.queue_dropped += drop_queue(s, peer)
+        drop_waiting(s, peer)
         allowedips_remove_peer(&s.allowed, number)
         forget_peer(s, peer)
         self.release()
+        self.wake()
 
     def set_endpoint(self, int32_t number, tuple endpoint, local=None):
         """Where the peer is, until it proves to be elsewhere; whether this socket can reach it.
@@ -175,10 +177,11 @@ cdef class SessionTable:
         """Inner addresses of `network` belong to the peer from now on, whosever they were."""
         cdef address_t prefix
         cdef int result
+        cdef uint8_t bits = prefix_bits(network)
         set_address(&prefix, network.network_address)
         self.acquire()
         self.peer(number)
-        result = allowedips_insert(&self.s.allowed, &prefix, prefix_bits(network), number)
+        result = allowedips_insert(&self.s.allowed, &prefix, bits, number)
         self.release()
         if result < 0:
             raise MemoryError("fasttun: no memory for allowed IPs")
@@ -186,9 +189,10 @@ cdef class SessionTable:
     def disallow(self, int32_t number, network):
         """`network` is not the peer's any more, if it was."""
         cdef address_t prefix
+        cdef uint8_t bits = prefix_bits(network)
         set_address(&prefix, network.network_address)
         self.acquire()
-        allowedips_remove(&self.s.allowed, &prefix, prefix_bits(network), number)
+        allowedips_remove(&self.s.allowed, &prefix, bits, number)
         self.release()
 
     # ----------------------------------------------------------------------------------- sessions
@@ -260,10 +264,11 @@ cdef class SessionTable:
         self.wake()
 
     def drop_queue(self, int32_t number):
-        """Drops what waits for the peer: there will be no session."""
+        """Drops what waits for the peer: there will be no session. The loop counts it as `no_session`."""
         self.acquire()
-        self.s.queue_dropped += drop_queue(self.s, self.peer(number))
+        drop_waiting(self.s, self.peer(number))
         self.release()
+        self.wake()
 
     cpdef void wake(self) noexcept:
         """Makes a sleeping loop look again: for work, or because its socket was replaced."""
@@ -332,29 +337,21 @@ cdef class SessionTable:
 
     def peer_counters(self, int32_t number):
         """A dict of the peer's traffic, in packets and bytes of whole datagrams, without handshakes."""
-        cdef session_peer_t *peer
+        cdef session_peer_t peer
         self.acquire()
-        peer = self.peer(number)
-        found = (peer.received_packets, peer.received_bytes, peer.sent_packets, peer.sent_bytes, peer.queued)
-        local = peer.local
-        endpoint = peer.endpoint
-        reachable = peer.reachable
+        peer = self.peer(number)[0]
         self.release()
         return {
-            "rx_packets": found[0], "rx_bytes": found[1], "tx_packets": found[2], "tx_bytes": found[3],
-            "queued": found[4], "endpoint": endpoint_value(&endpoint) if reachable else None,
-            "local": unpacked(&local) if is_known(&local) else None,
+            "rx_packets": peer.received_packets, "rx_bytes": peer.received_bytes,
+            "tx_packets": peer.sent_packets, "tx_bytes": peer.sent_bytes, "queued": peer.queued,
+            "endpoint": endpoint_value(&peer.endpoint) if peer.reachable else None,
+            "local": unpacked(&peer.local) if is_known(&peer.local) else None,
         }
 
     @property
     def messages_lost(self):
         """Handshake messages that found the ring full."""
         return self.s.messages_lost
-
-    @property
-    def queue_dropped(self):
-        """Packets dropped because no session came; counted as `no_session` by the loop when it ends."""
-        return self.s.queue_dropped
 
     def lookup(self, address):
         """The number of the peer that has this inner address, or None."""

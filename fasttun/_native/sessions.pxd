@@ -42,6 +42,8 @@ cdef enum:
     # a power of two: handshake messages on their way to Python
     MESSAGE_SIZE = 148
     # bytes of the largest handshake message, the initiation
+    REPLY_LIMIT = 64
+    # messages in the ring above which no cookie reply enters: anyone can make one, it has no mac1
 
 cdef enum:
     REJECT_AFTER_TIME_NS = 180000000000
@@ -142,7 +144,9 @@ ctypedef struct sessions_t:
     # QUEUE_SLOTS of slot_t and `slot_size` bytes
     size_t slot_size
     int32_t slot_free
+    int32_t slots_left
     uint64_t queue_dropped
+    # packets that the control side dropped, not counted yet
     EVP_MAC_CTX *mac1
     # NULL without a private key: no handshake message is for us
     message_t *messages
@@ -260,6 +264,15 @@ cdef inline bint put_message(sessions_t *s, const uint8_t *data, uint32_t length
     return True
 
 
+cdef inline bint put_reply(sessions_t *s, const uint8_t *data, uint32_t length, const endpoint_t *from_,
+                           const address_t *local) noexcept nogil:
+    """The same for a cookie reply, which leaves most of the ring to those who know our public key."""
+    if s.message_head - s.message_tail >= REPLY_LIMIT:
+        s.messages_lost += 1
+        return False
+    return put_message(s, data, length, from_, local)
+
+
 # -------------------------------------------------------------------------------------------- queue
 
 cdef inline int32_t unqueue(sessions_t *s, session_peer_t *peer) noexcept nogil:
@@ -275,22 +288,27 @@ cdef inline int32_t unqueue(sessions_t *s, session_peer_t *peer) noexcept nogil:
 cdef inline void free_slot(sessions_t *s, int32_t slot) noexcept nogil:
     slot_at(s, slot).next = s.slot_free
     s.slot_free = slot
+    s.slots_left += 1
 
 
 cdef inline int queue_packet(sessions_t *s, session_peer_t *peer, const uint8_t *packet,
                              uint32_t length) noexcept nogil:
-    """Keeps a packet until there is a session. Returns how many were lost for it: an old one, or itself."""
+    """Keeps a packet until there is a session. Returns how many were lost for it: an old one, or itself.
+
+    No peer gets more than are left for others, or a few silent ones would take them all.
+    """
     cdef int lost = 0
     cdef int32_t slot
     if length > s.slot_size:
         return 1
-    if peer.queued >= QUEUE_LIMIT or (s.slot_free < 0 and peer.queued):
+    if peer.queued >= QUEUE_LIMIT or (peer.queued and peer.queued >= s.slots_left):
         free_slot(s, unqueue(s, peer))
         lost = 1
     if s.slot_free < 0:
         return 1
     slot = s.slot_free
     s.slot_free = slot_at(s, slot).next
+    s.slots_left -= 1
     slot_at(s, slot).length = length
     memcpy(slot_data(slot_at(s, slot)), packet, length)
     if peer.queued:
@@ -318,6 +336,12 @@ cdef inline void want_work(sessions_t *s, session_peer_t *peer, int work) noexce
         peer.next_work = s.work
         s.work = peer
     peer.work |= work
+    s.has_work = 1
+
+
+cdef inline void drop_waiting(sessions_t *s, session_peer_t *peer) noexcept nogil:
+    """Frees what waits for the peer, for the loop to count."""
+    s.queue_dropped += drop_queue(s, peer)
     s.has_work = 1
 
 

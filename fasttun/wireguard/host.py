@@ -100,7 +100,7 @@ class Host:
         """Wipes all keys. Nothing may be called after it."""
         with self.guard:
             self._closed = True
-            self._protocol.set_private_key(None)
+            self._carry_out(self._protocol.set_private_key(None))
             for member in self._members.values():
                 member.peer.wipe()
 
@@ -119,7 +119,10 @@ class Host:
         any_news, backlog = False, 1
         lost: tuple[str, int] | None = None
         while backlog:
-            messages, news, backlog, gone = self._table.take(MESSAGES_A_TURN)
+            with self.guard:  # what is in the news must not outlive a change of configuration
+                messages, news, backlog, gone = self._table.take(MESSAGES_A_TURN)
+                for item in news:  # first: a message may push out the session that was heard
+                    self._take_news(*item)
             lost = gone or lost
             any_news = any_news or bool(news)
             waiting = backlog + len(messages)
@@ -129,9 +132,6 @@ class Host:
                     outputs = self._protocol.consume(
                         datagram, Endpoint(*source), time.monotonic(), time.time(), backlog=waiting)
                     self._carry_out(outputs, Endpoint(*source), local)
-            for item in news:
-                with self.guard:
-                    self._take_news(*item)
             with self.guard:
                 self._carry_out(self._protocol.tick(time.monotonic(), time.time()))
         return any_news, lost
@@ -209,7 +209,7 @@ class Host:
     def _look_up_again(self, member: _Member) -> None:
         """A peer that does not answer may have moved: its name, if it has one, is asked for again."""
         key = member.peer.public_key
-        if member.given is None or key in self._resolving or self._closed:
+        if member.given is None or key in self._resolving or self._closed or member.peer.removed:
             return
         host, port = split_endpoint(member.given)
         if _is_literal(host):

@@ -98,6 +98,7 @@ class WireGuard(Tunnel):
         self._on_handshake = on_handshake
         self._fwmark = self._config.fwmark
         self._host: Host | None = None
+        self._table: SessionTable | None = None
         self._told: list[WireGuardPeer] = []
         self._send_failed: Counter[str] = Counter()
         self._mtu_at = 0.0
@@ -182,13 +183,13 @@ class WireGuard(Tunnel):
     def _let_go(self) -> None:
         if self._host is not None:
             self._host.close()
-        self._host = None
+        self._host = self._table = None
 
     # ----------------------------------------------------------------------------- control thread
 
     def _watch(self) -> None:
         host, table = self._host, self._table
-        assert host is not None
+        assert host is not None and table is not None
         poll = select.poll()
         poll.register(table.notify_fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
@@ -279,7 +280,8 @@ class WireGuard(Tunnel):
         """Listen on another port (0: any) from now on; sessions go on. EndpointError leaves all as it was."""
         if not 0 <= port <= 65535:
             raise ConfigurationError("listen_port", f"{port} is out of range", "use 0 to 65535")
-        host = self._running_host
+        table, host = self._table, self._running_host
+        assert table is not None
         with host.guard:
             old = self._sockets[0]
             if port == self.local_port:
@@ -293,7 +295,7 @@ class WireGuard(Tunnel):
                 os.dup2(new.fileno(), old.fileno(), inheritable=False)
             finally:
                 new.close()
-            self._table.wake()
+            table.wake()
             host.keepalive_all()  # peers learn the port from the next authentic packet
 
     @property
@@ -371,7 +373,7 @@ class WireGuard(Tunnel):
     def stats(self) -> Stats:
         """A snapshot of all counters; after `stop()` the last one."""
         # Taken in this order, because stop() sets the last snapshot before it lets go of what it was made from.
-        engines, host, final = self._engines, self._host, self._final
+        engines, host, table, final = self._engines, self._host, self._table, self._final
         if final is not None:
             return final
         counters = engines[0].counters() if engines else None
@@ -386,7 +388,7 @@ class WireGuard(Tunnel):
             system_calls=dict(counters["calls"]) if counters else {},
             errors=dict(counters["errors"]) if counters else {},
             offloads=dict(self._offloads),
-            events_lost=self._table.messages_lost if host is not None else 0,
+            events_lost=table.messages_lost if table is not None else 0,
             control_drops=dict(drops),
             aead=counters["aead"] if counters else "",
         )

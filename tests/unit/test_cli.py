@@ -202,7 +202,7 @@ def test_help_has_the_flags_in_sections_and_examples():
     assert "sudo fasttun --listen --address 10.7.0.1/24" in text
     assert max(map(len, text.splitlines())) <= 100
     for name, command in COMMANDS.items():
-        assert f"  {name}  {command.help}" in text
+        assert f" {name} {command.help} " in f" {' '.join(text.split())} "
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -222,7 +222,7 @@ def test_go_style_flags_of_the_article():
 def configuration_of(monkeypatch: pytest.MonkeyPatch, *words: str) -> TunnelConfig:
     """The configuration that a command line makes."""
     got: list[TunnelConfig] = []
-    monkeypatch.setattr(serve, "serve", lambda config, account: got.append(config) or 0)
+    monkeypatch.setattr(serve, "serve", lambda config, **_: got.append(config) or 0)
     assert main(words) == 0
     return got[0]
 
