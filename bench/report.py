@@ -1,4 +1,4 @@
-"""From the end-to-end benchmark's JSON to what people read: the README's table and two pictures.
+"""From the end-to-end benchmark's JSON to what people read: the README's table, docs/benchmark.md, two pictures.
 
     python -m bench.report                    the newest complete bench/results/*.json
     python -m bench.report FILE [--check]     --check: print, write nothing
@@ -129,8 +129,8 @@ LINK_TITLES = {
 }
 
 
-def table(results: Results) -> str:
-    """The Markdown between the README's markers."""
+def table(results: Results, *, ratios: bool = True) -> str:
+    """Markdown: a table for each kind of link; with `ratios` also the tables of ratios."""
     data, settings = results.data, results.data["settings"]
     machine = data["machine"]
     changed = " with changes" if data.get("uncommitted") else ""
@@ -156,11 +156,11 @@ def table(results: Results) -> str:
                 for figure, column in zip(figures, shown, strict=True)
             ]
             ratios = [number(results.ratio(link, name, other, stream)) for other in (REFERENCE, BASELINE)]
-            emphasis = "**" if name == "fasttun" else ""
+            emphasis = "**" if name in (OURS, ENCRYPTED) else ""
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
         parts.append(f"**{LINK_TITLES.get(link, link)}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    for link in results.links():
+    for link in results.links() if ratios else ():
         parts.append(_compared(results, link, shown, OURS, results.tunnels()))
         if ENCRYPTED in results.tunnels():
             others = [name for name in results.tunnels() if name.startswith("wireguard-go")]
@@ -374,6 +374,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("file", nargs="?", type=Path, help="default: the newest complete one in bench/results")
     parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
     parser.add_argument("--images", type=Path, default=ROOT / "docs" / "img", metavar="DIRECTORY")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "benchmark.md", metavar="FILE")
     parser.add_argument("--check", action="store_true", help="print the table, write nothing")
     given = parser.parse_args(arguments)
     try:
@@ -383,15 +384,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.check:
             print(text)
             return 0
-        readme = put_between_markers(given.readme.read_text(), text)
+        readme = put_between_markers(given.readme.read_text(), table(results, ratios=False))
     except (ReportError, OSError, ValueError, KeyError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
     given.readme.write_text(readme)
+    given.page.write_text(f"# Measured side by side\n\n{text}\n")
     given.images.mkdir(parents=True, exist_ok=True)
     for name, palette in (("bench-light.svg", LIGHT), ("bench-dark.svg", DARK)):
         (given.images / name).write_text(picture(results, palette))
-    print(f"report: {source} → {given.readme}, {given.images}/bench-{{light,dark}}.svg")
+    print(f"report: {source} → {given.readme}, {given.page}, {given.images}/bench-{{light,dark}}.svg")
     return 0
 
 

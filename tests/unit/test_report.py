@@ -148,9 +148,12 @@ def test_writes_readme_and_pictures_and_again(report: ModuleType, data: dict[str
     source, readme, images = tmp_path / "x.json", tmp_path / "README.md", tmp_path / "img"
     source.write_text(json.dumps(data))
     readme.write_text(f"# before\n\n{report.BEGIN}\nold words\n{report.END}\n\nafter\n")
-    arguments = [str(source), "--readme", str(readme), "--images", str(images)]
+    page = tmp_path / "benchmark.md"
+    arguments = [str(source), "--readme", str(readme), "--images", str(images), "--page", str(page)]
     assert report.main(arguments) == 0
     first = readme.read_text()
+    assert "| over pure Python |" in page.read_text()
+    assert "| over pure Python |" not in first
     assert first.startswith(f"# before\n\n{report.BEGIN}\nMeasured 2026-01-02")
     assert first.endswith(f"{report.END}\n\nafter\n")
     assert "old words" not in first
@@ -178,7 +181,8 @@ def test_readme_without_the_markers_is_left_alone(
     source.write_text(json.dumps(data))
     text = text.format(begin=report.BEGIN, end=report.END)
     readme.write_text(text)
-    assert report.main([str(source), "--readme", str(readme), "--images", str(tmp_path / "img")]) == 1
+    assert report.main([str(source), "--readme", str(readme), "--images", str(tmp_path / "img"),
+                        "--page", str(tmp_path / "page")]) == 1
     assert report.BEGIN in capsys.readouterr().err
     assert readme.read_text() == text
     assert not (tmp_path / "img").exists()
