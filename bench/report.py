@@ -129,8 +129,8 @@ LINK_TITLES = {
 }
 
 
-def table(results: Results, *, ratios: bool = True) -> str:
-    """Markdown: a table for each kind of link; with `ratios` also the tables of ratios."""
+def table(results: Results, *, compared: bool = True) -> str:
+    """Markdown: a table for each kind of link; with `compared` also the tables of ratios."""
     data, settings = results.data, results.data["settings"]
     machine = data["machine"]
     changed = " with changes" if data.get("uncommitted") else ""
@@ -160,7 +160,7 @@ def table(results: Results, *, ratios: bool = True) -> str:
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
         parts.append(f"**{LINK_TITLES.get(link, link)}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
-    for link in results.links() if ratios else ():
+    for link in results.links() if compared else ():
         parts.append(_compared(results, link, shown, OURS, results.tunnels()))
         if ENCRYPTED in results.tunnels():
             others = [name for name in results.tunnels() if name.startswith("wireguard-go")]
@@ -384,7 +384,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if given.check:
             print(text)
             return 0
-        readme = put_between_markers(given.readme.read_text(), table(results, ratios=False))
+        readme = put_between_markers(given.readme.read_text(), table(results, compared=False))
     except (ReportError, OSError, ValueError, KeyError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 1
