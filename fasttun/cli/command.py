@@ -18,6 +18,9 @@ from .group import LazyCommand, SectionedGroup, SectionOption
 __all__ = ["fasttun", "go_style"]
 
 COMMANDS = {
+    "invite": LazyCommand("fasttun.cli.people", "invite", "Let somebody in: keys, address, file, QR code."),
+    "revoke": LazyCommand("fasttun.cli.people", "revoke", "Shut a peer out."),
+    "peers": LazyCommand("fasttun.cli.people", "peers", "The peers of a listener."),
     "genkey": LazyCommand("fasttun.cli.keys", "genkey", "A new private key."),
     "pubkey": LazyCommand("fasttun.cli.keys", "pubkey", "The public key of the private key on standard input."),
     "genpsk": LazyCommand("fasttun.cli.keys", "genpsk", "A new preshared key."),

@@ -235,17 +235,16 @@ def _lines(text: str, source: str) -> Iterator[_Line]:
                 yield _Line(source, number, section, None, "[Peer]", "")
             continue
         written, equals, value = (part.strip() for part in stripped.partition("="))
+        # What is no word may be part of a key: it is not repeated.
+        shown = written if re.fullmatch(r"[A-Za-z]{1,20}", written) else "a line"
         if not section:
-            raise _wrong(source, number, written[:20], "stands before any section", "begin with [Interface]")
+            raise _wrong(source, number, shown, "stands before any section", "begin with [Interface]")
         known = _INTERFACE if section == "interface" else _PEER
         if written.lower() not in known:
-            # What has no "=" may be half a key: it is not repeated.
-            if not equals:
-                raise _wrong(source, number, f"[{section.title()}]", "a line without '='", "write Key = value")
             near = difflib.get_close_matches(written.lower(), known, n=1)
             hint = f"did you mean {known[near[0]][0]}?" if near else f"[{section.title()}] has " + ", ".join(
                 name for name, *_ in known.values())
-            raise _wrong(source, number, written[:40], f"is not known in [{section.title()}]", hint)
+            raise _wrong(source, number, shown, f"is not known in [{section.title()}]", hint)
         if not equals:
             raise _wrong(source, number, written, "has no value", f"write {known[written.lower()][0]} = value")
         yield _Line(source, number, section, written.lower(), known[written.lower()][0], value)
