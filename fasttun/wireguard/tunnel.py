@@ -412,7 +412,7 @@ def _direction(counters: dict[str, Any] | None, name: str) -> DirectionStats:
 
 def _mark(sock: socket.socket, fwmark: int) -> None:
     try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, fwmark & 0xFFFFFFFF)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_MARK, struct.pack("I", fwmark))
     except PermissionError as error:
         raise EndpointError("mark", f"the socket with {fwmark:#x}", error.errno or 1, "needs CAP_NET_ADMIN") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import subprocess
@@ -18,8 +19,8 @@ from fasttun.errors import ConfigurationError
 from fasttun.wireguard.config import PeerConfig, config_path, interface_name
 from fasttun.wireguard.keys import PresharedKey, PrivateKey
 
-KEY, PSK = PrivateKey.generate(), PresharedKey.generate()
-PEER, OTHER = PrivateKey.generate().public, PrivateKey.generate().public
+KEY, PSK = PrivateKey(bytes(range(1, 33))), PresharedKey(bytes(range(32)))
+PEER, OTHER = PrivateKey(b"p" * 32).public, PrivateKey(b"o" * 32).public
 
 EVERYTHING = f"""\ufeff# a comment\r
 [interface]\r
@@ -171,10 +172,8 @@ def test_time_grows_with_the_peers_alone() -> None:
 
 @given(st.text(max_size=200))
 def test_any_text_is_read_or_refused(text: str) -> None:
-    try:
+    with contextlib.suppress(ConfigurationError):
         Config.parse(text)
-    except ConfigurationError:
-        pass
 
 
 @given(st.integers(0, 2**32))
