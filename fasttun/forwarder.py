@@ -54,6 +54,8 @@ class Forwarder(Tunnel):
     Raises `ConfigurationError` here; `start()` raises `DeviceError` and `EndpointError`.
     """
 
+    mode = "plain"
+
     def __init__(
         self,
         *,

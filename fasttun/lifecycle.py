@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from ._core import Engine
 from .errors import FasttunError, StateError
@@ -37,6 +37,9 @@ RESOLVER_PATIENCE_S = 1.0
 
 class Tunnel:
     """A running tunnel. Usable from any thread; starts once, stops for good."""
+
+    mode: ClassVar[str]
+    """What it speaks: "plain" or "wireguard"."""
 
     def __init__(self, before_threads: Callable[[], object] | None) -> None:
         self.device: TunDevice | None = None
@@ -276,3 +279,13 @@ class Tunnel:
         """The UDP port of this side; 0 before `start()` and on sockets that have none."""
         name = self._sockets[0].getsockname() if self._sockets and self._state == "running" else None
         return int(name[1]) if isinstance(name, tuple) else 0
+
+    def worker_cpu_s(self) -> list[float]:
+        """Processor seconds of each worker so far; empty when none runs."""
+        ticks = os.sysconf("SC_CLK_TCK")
+        found = []
+        for thread in self._threads:
+            with contextlib.suppress(OSError), open(f"/proc/self/task/{thread.native_id}/stat") as file:
+                fields = file.read().rpartition(")")[2].split()
+                found.append((int(fields[11]) + int(fields[12])) / ticks)
+        return found

@@ -54,6 +54,18 @@ def pytest_make_collect_report(
     return report
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _own_runtime_directory(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No control socket of a test's tunnel among this machine's own."""
+    before = os.environ.get("FASTTUN_RUNTIME_DIR")
+    os.environ["FASTTUN_RUNTIME_DIR"] = str(tmp_path_factory.mktemp("run"))
+    yield
+    if before is None:
+        del os.environ["FASTTUN_RUNTIME_DIR"]
+    else:
+        os.environ["FASTTUN_RUNTIME_DIR"] = before
+
+
 @pytest.fixture
 def lab() -> Iterator[netns.Lab]:
     """A `support.netns.Lab`, empty; everything made in it is removed after the test."""

@@ -18,6 +18,8 @@ from .group import LazyCommand, SectionedGroup, SectionOption
 __all__ = ["fasttun", "go_style"]
 
 COMMANDS = {
+    "status": LazyCommand("fasttun.cli.status", "status", "The running tunnels."),
+    "top": LazyCommand("fasttun.cli.top", "top", "A running tunnel, live."),
     "invite": LazyCommand("fasttun.cli.people", "invite", "Let somebody in: keys, address, file, QR code."),
     "revoke": LazyCommand("fasttun.cli.people", "revoke", "Shut a peer out."),
     "peers": LazyCommand("fasttun.cli.people", "peers", "The peers of a listener."),
@@ -138,6 +140,12 @@ _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the default
     help="The other side's public key, and its addresses inside when there are several. Repeatable.",
 )
 @_option(_PROCESS, "--user", metavar="NAME", help="Become this user once set up.")
+@_option(
+    _PROCESS,
+    "--metrics",
+    metavar="ADDR:PORT",
+    help="Serve a status page and Prometheus metrics there, such as 127.0.0.1:9586.",
+)
 @_option(_PROCESS, "-v", "--verbose", count=True, help="Say more.")
 @_option(_PROCESS, "-q", "--quiet", count=True, help="Warnings and errors only; twice: errors only.")
 @_option(_PROCESS, "--log-format", metavar="text|json", default="text", help="Log lines on stderr (text).")
@@ -195,6 +203,7 @@ def run(given: dict[str, Any]) -> int:
     verbosity = given.pop("verbose") - given.pop("quiet")
     explain = given.pop("explain")
     key, peers = given.pop("key"), given.pop("peer")
+    metrics = given.pop("metrics")
     if form not in log.FORMATS:
         raise ConfigurationError("log_format", f"{form!r} is not a log format", "use text or json")
     config = TunnelConfig(**_fields(given))
@@ -213,7 +222,7 @@ def run(given: dict[str, Any]) -> int:
     log.configure(form, verbosity)
     from .serve import serve
 
-    return serve(config, account=account, factory=factory, encrypted=factory is not None)
+    return serve(config, account=account, factory=factory, encrypted=factory is not None, metrics=metrics)
 
 
 def _account(name: str | None) -> Any:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from .. import log, notify
+from ..observe import Observers
 from . import report
 
 if TYPE_CHECKING:
@@ -95,19 +96,19 @@ class _Watched(threading.Thread):
 
 def serve(
     config: TunnelConfig, *, account: Account | None = None, factory: Callable[..., Any] | None = None,
-    encrypted: bool = False,
+    encrypted: bool = False, metrics: str | None = None,
 ) -> int:
     """Be the tunnel until SIGINT, SIGTERM or an error. Returns the exit status, raises FasttunError.
 
     `account`: the user to become once set up. `factory`: in place of `Forwarder.from_config`.
-    `encrypted`: without it a warning says that the tunnel is open.
+    `encrypted`: without it a warning says that the tunnel is open. `metrics`: ADDR:PORT of the status page.
     """
     with _Signals() as signals:
         try:
             _look_up(config, signals)
         except _Interrupted as stop:
             return 128 + stop.number
-        return _Service(config, account, factory or _forwarder(), signals, encrypted).run()
+        return _Service(config, account, factory or _forwarder(), signals, encrypted, metrics).run()
 
 
 def _forwarder() -> Callable[..., Any]:
@@ -143,19 +144,21 @@ def _is_address(host: str) -> bool:
 class _Service:
     def __init__(
         self, config: TunnelConfig, account: Account | None, factory: Callable[..., Any], signals: _Signals,
-        encrypted: bool,
+        encrypted: bool, metrics: str | None,
     ) -> None:
         self._config = config
         self._encrypted = encrypted
         self._account = account
         self._signals = signals
-        self._forwarder = factory(config, before_threads=self._drop_privileges if account else None)
+        self._forwarder = factory(config, before_threads=self._before_threads)
+        self._observers = Observers(self._forwarder, metrics=metrics)
 
     def run(self) -> int:
         forwarder = self._forwarder
         stats = None
         try:
-            with forwarder:
+            with contextlib.closing(self._observers), forwarder:
+                self._observers.start()
                 self._announce()
                 watch = _Watched(self._signals, forwarder.wait)
                 self._until_end()
@@ -170,14 +173,19 @@ class _Service:
                 _say(_log, report.summary(stats))
         return 0
 
-    def _drop_privileges(self) -> None:
+    def _before_threads(self) -> None:
+        """What needs the rights that there are now; then gives them up, if asked."""
+        self._observers.open()
+        if self._account is not None:
+            self._drop_privileges(self._account)
+
+    def _drop_privileges(self, account: Account) -> None:
         from .. import privileges
 
-        assert self._account is not None
         device = self._forwarder.device
         keep = device is not None and device.needs_admin_to_close
-        privileges.drop(self._account, keep_net_admin=keep)
-        _log.debug("now user %s%s", self._account.name, ", with CAP_NET_ADMIN for the undo" if keep else "")
+        privileges.drop(account, keep_net_admin=keep)
+        _log.debug("now user %s%s", account.name, ", with CAP_NET_ADMIN for the undo" if keep else "")
 
     def _announce(self) -> None:
         text, fields = _opening(self._config, self._forwarder)

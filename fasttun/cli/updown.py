@@ -26,6 +26,7 @@ import click
 
 from .. import log, notify
 from ..errors import ConfigurationError, DeviceError, FasttunError, StateError
+from ..observe import Observers
 from . import report
 from .instance import Instance
 from .serve import _Interrupted, _Signals, _Watched
@@ -195,7 +196,7 @@ class _Service:
             ended = None
             with tunnel:
                 signals.check()
-                with ControlSocket(tunnel, self._name, on_removed=signals.post_end):
+                with Observers(tunnel), ControlSocket(tunnel, self._name, on_removed=signals.post_end):
                     quick.apply(tunnel)
                     try:
                         ended = self._serve(tunnel, signals, tell, in_background)
@@ -248,11 +249,11 @@ def _clean(name: str, instance: Instance) -> tuple[list[str], bool]:
     if journal.changes or journal.hooks:
         from ..wireguard.quick import clean_up
 
-        _log.info("a fasttun that was killed has left its traces of %s: taking them away", name)
+        _log.info("taking away what the last fasttun of %s has left", name)
         errors += clean_up(name, journal)
         _wait_until_gone(name)
     journal.remove()
-    return errors, True
+    return list(dict.fromkeys(errors)), True  # what failed once more is told once
 
 
 def _exists(name: str) -> bool:

@@ -69,6 +69,8 @@ class WireGuard(Tunnel):
     `start()` raises `DeviceError`, `EndpointError` and `ConfigurationError`. It sets no DNS, and no routes but those.
     """
 
+    mode = "wireguard"
+
     def __init__(
         self,
         config: Config | None = None,
