@@ -57,6 +57,8 @@ def usage(error: click.UsageError) -> str:
             problem = problem.removeprefix(words)
         problem = problem.replace("requires an argument", "needs a value")
         return f"{error.option_name}: {problem}; {_HELP}"
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        return f"{error.param.metavar or error.param.human_readable_name}: is missing; {_HELP}"
     if isinstance(error, click.BadParameter) and error.param is not None:
         flag = max(error.param.opts, key=len)
         return f"{flag}: {error.message.removesuffix('.')}; {_HELP}"

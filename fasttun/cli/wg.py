@@ -20,6 +20,7 @@ import click
 from .. import log, notify
 from .._version import __version__
 from ..errors import ConfigurationError, DeviceError
+from ..observe import Observers
 from . import report
 from .serve import _Signals, _Watched
 from .updown import _hide_memory, _in_background
@@ -131,15 +132,18 @@ class _Device:
                 name=self._name, tun_fd=self._tun_fd, configure=False,
                 before_threads=lambda: self._listen(tunnel, signals),
             )  # fmt: skip
+            self._observers = Observers(tunnel)
             try:
                 with tunnel:
                     assert self._control is not None
                     self._control.start()
+                    self._observers.start()
                     tell()
                     _log.info("%s is there, its control socket is %s", tunnel.name, self._control.path)
                     error = _until_end(tunnel, signals)
                     notify.stopping()
             finally:
+                self._observers.close()
                 if self._control is not None:
                     self._control.close()
         if error is not None:
@@ -152,6 +156,7 @@ class _Device:
 
         self._control = ControlSocket(tunnel, tunnel.name, listen_fd=self._uapi_fd, on_removed=signals.post_end)
         self._control.open()
+        self._observers.open()
         if self._account is not None:
             from .. import privileges
 

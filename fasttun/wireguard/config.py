@@ -35,6 +35,7 @@ Interface = ipaddress.IPv4Interface | ipaddress.IPv6Interface
 _NAME = re.compile(r"[a-zA-Z0-9_=+.-]{1,15}")
 _PEER_NAME = re.compile(r"#\s*Name\s*=\s*(.*)", re.IGNORECASE)
 _TABLES = ("auto", "off")
+_V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
 
 
 @dataclass(frozen=True)
@@ -294,9 +295,13 @@ def _addresses(line: _Line) -> tuple[Interface, ...]:
 
 def _networks(line: _Line) -> tuple[Network, ...]:
     try:
-        return tuple(ipaddress.ip_network(part, strict=False) for part in _parts(line))
+        networks = tuple(ipaddress.ip_network(part, strict=False) for part in _parts(line))
     except ValueError:
         raise line.wrong(f"{line.value!r} is no network", "as in 10.7.0.2/32, 192.168.5.0/24") from None
+    for network in networks:
+        if network.version == 6 and network.subnet_of(_V4_MAPPED):
+            raise line.wrong(f"{network} is v4-mapped, and on no wire", "write the IPv4 network")
+    return networks
 
 
 def _number(low: int, high: int, *, off: str | None = None) -> Callable[[_Line], int]:

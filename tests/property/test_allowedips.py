@@ -170,6 +170,8 @@ def test_host_bits_are_ignored() -> None:
     assert lookup(table, "10.200.0.1") == 7
     assert table.remove(packed(ipaddress.ip_address("10.9.9.9")), 96 + 8, 7)
     assert len(table) == 0
+    table.insert(packed(ipaddress.ip_address("10.0.0.1")), 64, 8)
+    assert (lookup(table, "10.0.0.1"), lookup(table, "::1")) == (-1, 8), "::/64, an IPv6 one"
 
 
 def test_a_prefix_moves_and_only_its_owner_can_take_it_away() -> None:

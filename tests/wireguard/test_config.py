@@ -106,6 +106,7 @@ def test_wg_reads_what_we_write(tmp_path: Path) -> None:
     (f"[Peer]\nPublicKey = {PEER}\n[Peer]\n[Peer]\nPublicKey = {OTHER}", r"x.conf:3: \[Peer\]: has no PublicKey"),
     (f"[Peer]\nPublicKey = {PEER}\nAllowedIPs = 10.0.0.0/33", "x.conf:3: AllowedIPs"),
     ("[Peer]\nEndpoint = 2001:db8::1:51820", "x.conf:2: Endpoint"),
+    (f"[Peer]\nPublicKey = {PEER}\nAllowedIPs = ::ffff:10.0.0.0/104", "x.conf:3: AllowedIPs: .*v4-mapped"),
     ("[Peer]\nEndpoint = host:0", "x.conf:2: Endpoint"),
     ("[Peer]\nPersistentKeepalive = -1", "x.conf:2: PersistentKeepalive"),
 ])
