@@ -1,4 +1,4 @@
-"""The WireGuard protocol without sockets and without a clock.
+"""WireGuard: the protocol without sockets and without a clock, and a device made of it.
 
 Each call is given the time, and answers with what to do, so hours of timers run in milliseconds of test:
 
@@ -10,9 +10,13 @@ Each call is given the time, and answers with what to do, so hours of timers run
     peer        one peer's whole state                      outputs     what an interface asks its host to do
     interface   `Interface`: a device without sockets       software    its data packets in Python, for tests
 
+And what makes a running device of it:
+
+    host, tunnel    the protocol joined to the engine; `WireGuard`      config, store   wg-quick's files
+    uapi, control   the control socket that `wg` speaks to              quick, changes, dns, journal   wg-quick's work
+
 Sources: "WireGuard: Next Generation Kernel Network Tunnel", version of 2020 ("the paper").
-Not for: sockets, the forwarding of data packets (the engine), or configuration files.
-The names below load what they need on first use.
+Not for: the forwarding of data packets (the engine). The names below load what they need on first use.
 """
 
 from __future__ import annotations

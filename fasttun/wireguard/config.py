@@ -283,7 +283,7 @@ def _check_peers(text: str, source: str, peers: dict[PublicKey, dict[str, Any]])
 
 
 def _parts(line: _Line) -> list[str]:
-    return [part.strip() for part in line.value.split(",") if part.strip()]
+    return line.value.replace(",", " ").split()  # wg-quick takes either
 
 
 def _addresses(line: _Line) -> tuple[Interface, ...]:

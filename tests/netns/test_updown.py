@@ -103,7 +103,9 @@ class Host:
         wait_until(lambda: gone(number) and name not in self.ns.devices())
 
     def left(self) -> list[str]:
-        return sorted(path.name for path in self.runtime.iterdir()) if self.runtime.exists() else []
+        """The runtime directory, without sockets of `fasttun status`, which takes away stale ones itself."""
+        files = self.runtime.iterdir() if self.runtime.exists() else ()
+        return sorted(path.name for path in files if path.suffix != ".sock")
 
     def ping(self, target: str, count: int = 1) -> bool:
         return self.ns.run(["ping", "-c", str(count), "-W", "3", target], check=False).returncode == 0
@@ -414,7 +416,7 @@ def test_down_passes_on_what_failed_and_the_rest_is_undone(host: Host) -> None:
     host.fasttun("up", "wg0")
     error = host.refused("down", "wg0")
     assert "PostDown command 1 of wg0 failed" in error
-    assert "resolver on strike" in error
+    assert error.count("resolver on strike") == 1
     assert (host.run_directory / "second").exists()
     assert_unchanged(host.ns, before)
     assert host.left() == []

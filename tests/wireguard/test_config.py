@@ -25,7 +25,7 @@ PEER, OTHER = PrivateKey(b"p" * 32).public, PrivateKey(b"o" * 32).public
 EVERYTHING = f"""\ufeff# a comment\r
 [interface]\r
 privatekey = {KEY.to_base64()}  # and one here
-Address=10.0.0.1/24, fd00::1/64
+Address=10.0.0.1/24 fd00::1/64
 ADDRESS = 10.1.0.1
 ListenPort = 51820
 FwMark = 0xca6c
