@@ -121,7 +121,8 @@ def view(history: list[dict[str, Any]], console: Console, sort: str, paused: boo
         last = peer.get("silent_s")
         if wireguard:
             last = now["time"] - peer["last_handshake"] if peer["last_handshake"] else None
-        table.add_row(peer["id"], ", ".join(peer["addresses"]), ago(last), _bits(8 * received), _bits(8 * sent))
+        who = f"{peer['id'][:10]}…" if wireguard else peer["id"]
+        table.add_row(who, ", ".join(peer["addresses"]), ago(last), _bits(8 * received), _bits(8 * sent))
     lines += [table, Text(f"q quit  s sort ({sort})  p pause", style="dim")]
     return Group(*lines)
 
