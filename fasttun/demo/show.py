@@ -31,6 +31,7 @@ __all__ = ["Outcome", "run"]
 INNER = ("10.7.0.1", "10.7.0.2")  # the client, which sends; the listener, which receives
 PURE_PYTHON_MTU = 1500 - 20 - 8 - 4  # IPv4, UDP, packet information
 PORT = 7000
+LISTENER_DEVICE = "demo0"
 PINGS = 10
 BASELINE_LIMIT_S = 120.0
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
@@ -85,7 +86,7 @@ def run(
         print("The encrypted tunnel is left out: pip install 'fasttun[wireguard]'", file=out)
     if baseline:
         contenders.append(_Contender("pure Python", _start_pure_python, baseline_limit_s))
-    with _terminated_as_exit():
+    with _terminated_as_exit(), _own_runtime_directory():
         print(
             "Two hosts on this machine: client 198.51.100.1 and listener 198.51.100.2, network namespaces\n"
             "joined by one virtual cable.",
@@ -114,9 +115,36 @@ def _one(out: TextIO, contender: _Contender, file: BinaryIO, size_bytes: int, pl
             flush=True,
         )
         outcome = _send(out, contender, client, listener, programs, file, size_bytes, echoes, plain)
+        if contender.start is _start_encrypted:
+            _look_at(out, listener)
         for program in reversed(programs):
             program.stop()
         return outcome
+
+
+def _look_at(out: TextIO, listener: Host) -> None:
+    """What `fasttun status` and `fasttun top` say of the listener's tunnel."""
+    for words in (["status", LISTENER_DEVICE], ["top", LISTENER_DEVICE, "--count", "3", "--interval", "0.3"]):
+        if words[0] == "top" and importlib.util.find_spec("rich") is None:
+            continue
+        print(f"  {listener.name:8} $ fasttun {shlex.join(words)}", file=out)
+        shown = listener.run("env", "COLUMNS=90", "LINES=20", sys.executable, "-m", "fasttun", *words).stdout
+        print("\n".join(f"    {line}".rstrip() for line in shown.splitlines()), file=out, flush=True)
+
+
+@contextlib.contextmanager
+def _own_runtime_directory() -> Iterator[None]:
+    """The demo's tunnels are not among the machine's own."""
+    before = os.environ.get("FASTTUN_RUNTIME_DIR")
+    with tempfile.TemporaryDirectory(prefix="fasttun-demo-") as directory:
+        os.environ["FASTTUN_RUNTIME_DIR"] = directory
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["FASTTUN_RUNTIME_DIR"]
+            else:
+                os.environ["FASTTUN_RUNTIME_DIR"] = before
 
 
 def _start_fasttun(client: Host, listener: Host, out: TextIO) -> list[Program]:
@@ -137,7 +165,7 @@ def _start_encrypted(client: Host, listener: Host, out: TextIO) -> list[Program]
     print(f"  {'both':8} $ fasttun genkey > KEY; fasttun pubkey < KEY", file=out)
     programs = []
     for host, other, arguments in (
-        (listener, client, ["--listen", "--address", f"{INNER[1]}/24"]),
+        (listener, client, ["--listen", "--device", LISTENER_DEVICE, "--address", f"{INNER[1]}/24"]),
         (client, listener, ["--server", listener.outer, "--address", f"{INNER[0]}/24"]),
     ):
         peer = ["--peer", str(keys[other].public)]
