@@ -86,7 +86,7 @@ def run(
         print("The encrypted tunnel is left out: pip install 'fasttun[wireguard]'", file=out)
     if baseline:
         contenders.append(_Contender("pure Python", _start_pure_python, baseline_limit_s))
-    with _terminated_as_exit(), _own_runtime_directory():
+    with _terminated_as_exit():
         print(
             "Two hosts on this machine: client 198.51.100.1 and listener 198.51.100.2, network namespaces\n"
             "joined by one virtual cable.",
@@ -130,21 +130,6 @@ def _look_at(out: TextIO, listener: Host) -> None:
         print(f"  {listener.name:8} $ fasttun {shlex.join(words)}", file=out)
         shown = listener.run("env", "COLUMNS=90", "LINES=20", sys.executable, "-m", "fasttun", *words).stdout
         print("\n".join(f"    {line}".rstrip() for line in shown.splitlines()), file=out, flush=True)
-
-
-@contextlib.contextmanager
-def _own_runtime_directory() -> Iterator[None]:
-    """The demo's tunnels are not among the machine's own."""
-    before = os.environ.get("FASTTUN_RUNTIME_DIR")
-    with tempfile.TemporaryDirectory(prefix="fasttun-demo-") as directory:
-        os.environ["FASTTUN_RUNTIME_DIR"] = directory
-        try:
-            yield
-        finally:
-            if before is None:
-                del os.environ["FASTTUN_RUNTIME_DIR"]
-            else:
-                os.environ["FASTTUN_RUNTIME_DIR"] = before
 
 
 def _start_fasttun(client: Host, listener: Host, out: TextIO) -> list[Program]:
