@@ -191,7 +191,8 @@ class WireGuard(Tunnel):
 
     def _watch(self) -> None:
         host, table = self._host, self._table
-        assert host is not None and table is not None
+        assert host is not None
+        assert table is not None
         poll = select.poll()
         poll.register(table.notify_fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
