@@ -653,6 +653,8 @@ cdef inline bint aim_at(worker_t *w, const uint8_t *packet, int version, uint64_
     cdef address_t destination
     cdef uint32_t serial = w.target_serial
     packet_destination(packet, version, &destination)
+    if version == 6 and is_mapped_ipv4(destination.high, destination.low):
+        memset(&destination, 0, sizeof(address_t))  # nobody's: it must not pass for the IPv4 one that it spells
     aim(w, &destination, now)
     if serial != w.target_serial:
         close_group(w)

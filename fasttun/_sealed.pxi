@@ -34,6 +34,8 @@ cdef inline session_peer_t *aim_sealed(worker_t *w, const uint8_t *packet, int v
     cdef address_t destination
     cdef int32_t number
     packet_destination(packet, version, &destination)
+    if version == 6 and is_mapped_ipv4(destination.high, destination.low):
+        return NULL  # it would pass for the IPv4 address that it spells
     if c.destination_known and c.destination.low == destination.low and c.destination.high == destination.high:
         return c.peer
     number = allowedips_lookup(&w.sessions.allowed, &destination)

@@ -159,15 +159,18 @@ cdef class SessionTable:
         local: this host's address that it sends to, when known.
         """
         cdef endpoint_t value
+        cdef address_t here
         cdef session_peer_t *peer
         cdef bint reachable
         set_endpoint_value(&value, endpoint)
+        if local is not None:
+            set_address(&here, local)  # here: nothing may raise under the lock
         self.acquire()
         peer = self.peer(number)
         if not peer.reachable or not same_endpoint(&peer.endpoint, &value):
             memset(&peer.local, 0, sizeof(address_t))
         if local is not None:
-            set_address(&peer.local, local)
+            peer.local = here
         peer.endpoint = value
         reachable = peer.reachable = endpoint_to_sockaddr(&value, self.s.family, &peer.address)
         self.release()

@@ -83,6 +83,9 @@ lacking() {
     need_program ethtool ethtool
     need_program iptables iptables
     need_program nft nftables
+    need_program wireguard-go wireguard-go
+    need_program wg wireguard-tools
+    need_program tshark tshark
 }
 
 install_packages() {

@@ -78,6 +78,8 @@ ctypedef struct keypair_t:
     uint64_t born_ns
     uint32_t local_index
     uint32_t remote_index
+    uint64_t serial
+    # of all keypairs in the order of their handshakes
     session_peer_t *peer
     keypair_t *next
     bint heard
@@ -140,6 +142,7 @@ ctypedef struct sessions_t:
     int32_t peer_hint
     # where to look for a free number
     keypair_t **buckets
+    uint64_t keypair_serial
     uint8_t *slots
     # QUEUE_SLOTS of slot_t and `slot_size` bytes
     size_t slot_size
@@ -192,6 +195,8 @@ cdef inline keypair_t *find_keypair(const sessions_t *s, uint32_t local_index) n
 
 cdef inline void add_keypair(sessions_t *s, keypair_t *keypair) noexcept nogil:
     cdef uint32_t bucket = keypair.local_index & (KEYPAIR_BUCKETS - 1)
+    s.keypair_serial += 1
+    keypair.serial = s.keypair_serial
     keypair.next = s.buckets[bucket]
     s.buckets[bucket] = keypair
 
@@ -232,9 +237,14 @@ cdef inline void tell_sent(sessions_t *s, session_peer_t *peer) noexcept nogil:
 
 
 cdef inline void tell_received(sessions_t *s, session_peer_t *peer, keypair_t *keypair, bint empty) noexcept nogil:
-    """An authentic packet came. The first under a keypair may make it the current one, which cannot wait."""
+    """An authentic packet came. The first under a keypair confirms it, which the control side must know soon.
+
+    Here it counts at once: the answer must not go under an older one, which the peer may have lost (§5.4.6).
+    """
     cdef bint first = not keypair.heard
     keypair.heard = True
+    if first and (peer.current == NULL or keypair.serial > peer.current.serial):
+        peer.current = keypair
     if first or not peer.news & NEWS_FIRST:
         peer.heard_index = keypair.local_index
     tell_news(s, peer, NEWS_HEARD | (0 if empty else NEWS_RECEIVED) | (NEWS_FIRST if first else 0), first)

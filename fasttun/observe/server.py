@@ -64,15 +64,17 @@ class ControlServer:
         device = self._tunnel.device
         name = device.name if device is not None else getattr(self._tunnel, "name", "descriptor")
         path = directory / f"{name}.{os.getpid()}.sock"
-        path.unlink(missing_ok=True)  # of an earlier process with our number
+        new = path.with_suffix(".new")
+        new.unlink(missing_ok=True)  # of an earlier process with our number
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             before = os.umask(0o177)
             try:
-                listener.bind(str(path))
+                listener.bind(str(new))
             finally:
                 os.umask(before)
             listener.listen(CLIENTS)
+            new.rename(path)  # only now: whoever finds a socket that refuses takes it for a dead one
             listener.setblocking(False)
         except BaseException:
             listener.close()

@@ -1,17 +1,21 @@
 """HTTP on one address: /metrics for Prometheus, / the status page, /status.json what the page shows.
 
-Read-only, and open to whoever reaches the address: 127.0.0.1 unless asked otherwise.
+Read-only, and open to whoever reaches the address. On a loopback address it answers to addresses and localhost
+only, so that no page of the web can read it under a name that it makes point here (DNS rebinding).
 """
 
 from __future__ import annotations
 
 import ipaddress
 import json
+import logging
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.resources import files
 from socket import AF_INET, AF_INET6
+from socketserver import TCPServer
 from typing import Any
+from urllib.parse import urlsplit
 
 from .. import __version__
 from ..errors import ConfigurationError, EndpointError
@@ -21,12 +25,47 @@ from .snapshot import snapshot
 __all__ = ["WebServer"]
 
 PATIENCE_S = 5.0
-_POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'"
+CLIENTS = 16
+"""Connections at a time; more are closed."""
+_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src 'self'; "
+           "frame-ancestors 'none'")
+
+log = logging.getLogger("fasttun")
 
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 4 * CLIENTS
     tunnel: Any
+
+    def __init__(self, *arguments: Any) -> None:
+        self._room = threading.BoundedSemaphore(CLIENTS)
+        super().__init__(*arguments)
+
+    def server_bind(self) -> None:
+        """Without asking a resolver for this host's name, as HTTPServer does."""
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        if not self._room.acquire(blocking=False):
+            self.shutdown_request(request)
+            return
+        try:
+            super().process_request(request, client_address)
+        except BaseException:  # no thread to be had
+            self._room.release()
+            raise
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._room.release()
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Not to standard error: whoever hangs up early is no defect."""
+        log.debug("status page: a request from %s failed", client_address[0], exc_info=True)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -37,7 +76,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
-        if path == "/metrics":
+        if not self._is_for_us():
+            self.send_error(421, explain="ask by address, as the server is bound to")
+        elif path == "/metrics":
             self._send(*exposition(self.server.tunnel))
         elif path == "/status.json":
             self._send("application/json", json.dumps(snapshot(self.server.tunnel)).encode())
@@ -46,12 +87,23 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.send_error(404)
 
+    def _is_for_us(self) -> bool:
+        """Whether the Host header, which every browser sends, names no other host than this."""
+        if not ipaddress.ip_address(self.server.server_name).is_loopback:
+            return True
+        try:
+            host = urlsplit(f"//{self.headers.get('Host', 'localhost')}").hostname or ""
+            return host == "localhost" or bool(ipaddress.ip_address(host))
+        except ValueError:
+            return False
+
     def _send(self, content_type: str, body: bytes) -> None:
         self.send_response(200)
         self.send_header("Content-Type", content_type)
         self.send_header("Content-Length", str(len(body)))
         self.send_header("Cache-Control", "no-store")
         self.send_header("Content-Security-Policy", _POLICY)
+        self.send_header("X-Content-Type-Options", "nosniff")
         self.end_headers()
         self.wfile.write(body)
 

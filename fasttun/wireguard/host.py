@@ -46,6 +46,8 @@ MESSAGES_A_TURN = 64
 _SENT, _SENT_LAST, _RECEIVED, _HEARD, _WAITING = (
     NEWS_FLAGS[name] for name in ("sent", "sent_last", "received", "heard", "waiting"))
 
+_V4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -111,30 +113,26 @@ class Host:
         with self.guard:
             return self._protocol.next_deadline()
 
-    def turn(self) -> tuple[bool, tuple[str, int] | None]:
-        """Takes in what the engine has, and does what is due.
+    def turn(self) -> tuple[int, bool, tuple[str, int] | None]:
+        """Takes in some of what the engine has, and does what is due.
 
-        Returns whether there was news about data, and the offload that the engine has given up, if any.
+        Returns how many handshake messages still wait, whether there was news about data, and the offload that
+        the engine has given up, if any.
         """
-        any_news, backlog = False, 1
-        lost: tuple[str, int] | None = None
-        while backlog:
-            with self.guard:  # what is in the news must not outlive a change of configuration
-                messages, news, backlog, gone = self._table.take(MESSAGES_A_TURN)
-                for item in news:  # first: a message may push out the session that was heard
-                    self._take_news(*item)
-            lost = gone or lost
-            any_news = any_news or bool(news)
-            waiting = backlog + len(messages)
-            for datagram, source, local in messages:
-                waiting -= 1
-                with self.guard:
-                    outputs = self._protocol.consume(
-                        datagram, Endpoint(*source), time.monotonic(), time.time(), backlog=waiting)
-                    self._carry_out(outputs, Endpoint(*source), local)
+        with self.guard:  # what is in the news must not outlive a change of configuration
+            messages, news, backlog, lost = self._table.take(MESSAGES_A_TURN)
+            for item in news:  # first: a message may push out the session that was heard
+                self._take_news(*item)
+        waiting = backlog + len(messages)
+        for datagram, source, local in messages:
+            waiting -= 1
             with self.guard:
-                self._carry_out(self._protocol.tick(time.monotonic(), time.time()))
-        return any_news, lost
+                outputs = self._protocol.consume(
+                    datagram, Endpoint(*source), time.monotonic(), time.time(), backlog=waiting)
+                self._carry_out(outputs, Endpoint(*source), local)
+        with self.guard:
+            self._carry_out(self._protocol.tick(time.monotonic(), time.time()))
+        return backlog, bool(news), lost
 
     def _take_news(self, number: int, flags: int, index: int, source: tuple[Any, int, int], counter: int) -> None:
         member = self._by_number.get(number)
@@ -197,8 +195,7 @@ class Host:
         """An authentic packet to every peer with a session, such as when our port has changed."""
         with self.guard:
             for member in self._members.values():
-                if member.peer.keypairs.current is not None:
-                    self._table.keepalive(member.number)
+                self._table.keepalive(member.number)
 
     def look_up_again(self) -> None:
         """Has the names of all peers looked up again, soon and in threads aside."""
@@ -250,6 +247,7 @@ class Host:
 
     def add_peer(self, config: PeerConfig, endpoint: Endpoint | None) -> None:
         """A new peer, at `endpoint` if that is known. ConfigurationError when it is there or is this device."""
+        _refuse_mapped(config.allowed_ips)
         with self.guard:
             secret = copy.copy(config.preshared_key) if config.preshared_key else None
             peer = self._protocol.add_peer(config.public_key, preshared_key=secret)
@@ -281,6 +279,8 @@ class Host:
         remove_allowed_ips: Iterable[Network],
     ) -> None:
         """As `WireGuard.update_peer`."""
+        allowed_ips = tuple(allowed_ips)
+        _refuse_mapped(allowed_ips)
         with self.guard:
             member = self._members[public_key]
             if not isinstance(preshared_key, Keep):
@@ -382,6 +382,13 @@ def split_endpoint(text: str) -> tuple[str, int]:
         raise ConfigurationError(
             "Endpoint", f"{text!r} is not HOST:PORT", "as in 198.51.100.7:51820 or [2001:db8::1]:51820")
     return host.strip("[]"), int(port)
+
+
+def _refuse_mapped(networks: Iterable[Network]) -> None:
+    """ConfigurationError for a network below ::ffff:0:0/96: in the engine that is IPv4's."""
+    for network in networks:
+        if network.version == 6 and network.subnet_of(_V4_MAPPED):
+            raise ConfigurationError("allowed_ips", f"{network} is v4-mapped, and on no wire", "give the IPv4 network")
 
 
 def _is_literal(host: str) -> bool:

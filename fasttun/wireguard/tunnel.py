@@ -20,7 +20,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, cast
 
@@ -183,9 +183,11 @@ class WireGuard(Tunnel):
         return fd, bool(flags & _IFF_VNET_HDR), False
 
     def _let_go(self) -> None:
-        if self._host is not None:
-            self._host.close()
-        self._host = self._table = None
+        host = self._host
+        if host is not None:
+            with host.guard:  # whoever waits for it finds the tunnel ended
+                host.close()
+                self._host = self._table = None
 
     # ----------------------------------------------------------------------------- control thread
 
@@ -196,12 +198,12 @@ class WireGuard(Tunnel):
         poll = select.poll()
         poll.register(table.notify_fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
-        busy = False
+        backlog, busy = 0, False
         while self._state in ("starting", "running") and not self._ended.is_set():
-            poll.poll(_patience_ms(host.next_deadline(), busy))
+            poll.poll(0 if backlog else _patience_ms(host.next_deadline(), busy))
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
-            busy, lost = host.turn()
+            backlog, busy, lost = host.turn()
             if lost is not None:
                 self._offload_lost(*lost)
             if busy:
@@ -253,13 +255,14 @@ class WireGuard(Tunnel):
 
     # -------------------------------------------------------------------------- live configuration
 
-    @property
-    def _running_host(self) -> Host:
-        """StateError when the tunnel does not run."""
+    @contextlib.contextmanager
+    def _running_host(self) -> Iterator[Host]:
+        """The host, its guard held: it does not end meanwhile. StateError when the tunnel does not run."""
         host = self._host
-        if host is None:
-            raise StateError("the tunnel does not run")
-        return host
+        with host.guard if host is not None else contextlib.nullcontext():
+            if host is None or self._host is not host:
+                raise StateError("the tunnel does not run")
+            yield host
 
     @property
     def private_key(self) -> PrivateKey | None:
@@ -271,7 +274,8 @@ class WireGuard(Tunnel):
 
     def set_private_key(self, private_key: PrivateKey | None) -> None:
         """Become another: all sessions end, and a peer with the new key's public key is removed."""
-        self._running_host.set_private_key(private_key)
+        with self._running_host() as host:
+            host.set_private_key(private_key)
         self._wake_watcher()
 
     @property
@@ -283,10 +287,9 @@ class WireGuard(Tunnel):
         """Listen on another port (0: any) from now on; sessions go on. EndpointError leaves all as it was."""
         if not 0 <= port <= 65535:
             raise ConfigurationError("listen_port", f"{port} is out of range", "use 0 to 65535")
-        table, host = self._table, self._running_host
-        assert table is not None
-        with host.guard:
-            old = self._sockets[0]
+        with self._running_host() as host:
+            table, old = self._table, self._sockets[0]
+            assert table is not None
             if port == self.local_port:
                 return
             new = self._open_socket(port)
@@ -310,23 +313,25 @@ class WireGuard(Tunnel):
         """Mark outgoing datagrams from now on; 0 for not. EndpointError (EPERM) without CAP_NET_ADMIN."""
         if not 0 <= fwmark <= 0xFFFFFFFF:
             raise ConfigurationError("fwmark", f"{fwmark} is out of range", "use 32 bits")
-        with self._running_host.guard:
+        with self._running_host():
             _mark(self._sockets[0], fwmark)
             self._fwmark = fwmark
 
     def add_peer(self, config: PeerConfig) -> None:
         """A new peer, live. ConfigurationError when it is there or is this device; EndpointError for its name."""
-        self._running_host.add_peer(config, _look_up(config))
+        endpoint = _look_up(config)
+        with self._running_host() as host:
+            host.add_peer(config, endpoint)
         self._wake_watcher()
 
     def remove_peer(self, public_key: PublicKey) -> None:
         """Forget the peer, its sessions and its allowed IPs. Nothing when it is not there."""
-        self._running_host.remove_peer(public_key)
+        with self._running_host() as host:
+            host.remove_peer(public_key)
 
     def replace_peers(self) -> None:
         """Forget all peers."""
-        host = self._running_host
-        with host.guard:
+        with self._running_host() as host:
             for public_key in host.public_keys():
                 host.remove_peer(public_key)
 
@@ -345,14 +350,17 @@ class WireGuard(Tunnel):
 
         A new preshared key counts from the next handshake message on; a new endpoint from the next packet on.
         """
-        self._running_host.update_peer(
-            public_key, preshared_key=preshared_key, endpoint=endpoint, persistent_keepalive=persistent_keepalive,
-            allowed_ips=allowed_ips, replace_allowed_ips=replace_allowed_ips, remove_allowed_ips=remove_allowed_ips)
+        with self._running_host() as host:
+            host.update_peer(
+                public_key, preshared_key=preshared_key, endpoint=endpoint,
+                persistent_keepalive=persistent_keepalive, allowed_ips=allowed_ips,
+                replace_allowed_ips=replace_allowed_ips, remove_allowed_ips=remove_allowed_ips)
         self._wake_watcher()
 
     def resolve_again(self) -> None:
         """Has the names of all peers looked up again, soon and aside."""
-        self._running_host.look_up_again()
+        with self._running_host() as host:
+            host.look_up_again()
 
     # --------------------------------------------------------------------------------- what it is
 
@@ -366,12 +374,13 @@ class WireGuard(Tunnel):
 
     def config(self) -> Config:
         """The configuration as it runs now; what only the file knows (addresses, DNS, hooks) as it was given."""
-        host = self._host
-        if host is None:
+        try:
+            with self._running_host() as host:
+                return replace(
+                    self._config, private_key=host.private_key, listen_port=self.listen_port or None,
+                    fwmark=self._fwmark, peers=host.peer_configs())
+        except StateError:
             return self._config
-        return replace(
-            self._config, private_key=host.private_key, listen_port=self.listen_port or None, fwmark=self._fwmark,
-            peers=host.peer_configs())
 
     def stats(self) -> Stats:
         """A snapshot of all counters; after `stop()` the last one."""

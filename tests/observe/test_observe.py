@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -33,6 +34,7 @@ from fasttun.observe import Observers
 from fasttun.observe.client import running
 from fasttun.observe.metrics import exposition
 from fasttun.observe.snapshot import snapshot
+from fasttun.observe.web import CLIENTS
 from fasttun.wireguard.config import PeerConfig
 from fasttun.wireguard.keys import PresharedKey, PrivateKey
 
@@ -197,6 +199,40 @@ def test_the_page_is_whole(tunnel: Forwarder) -> None:
                 urllib.request.urlopen(base + path, timeout=5)
             assert refused.value.code == 404
             refused.value.close()
+
+
+@pytest.mark.parametrize(("host", "status"), [
+    ("localhost:9586", 200), ("127.0.0.1", 200), ("[::1]:9586", 200), (None, 200),
+    ("evil.example", 421), ("evil.example:9586", 421), ("127.0.0.1.evil.example", 421), ("[", 421), ("", 421)])
+def test_the_page_answers_to_no_foreign_name(tunnel: Forwarder, host: str | None, status: int) -> None:
+    """DNS rebinding: a page of the web that makes its own name point to 127.0.0.1."""
+    with Observers(tunnel, metrics="127.0.0.1:0") as observers:
+        assert observers._web is not None
+        for path in ("/status.json", "/metrics", "/"):
+            assert f" {status} " in _http(observers._web.address, path, host)
+
+
+def test_the_page_takes_so_many_clients_and_no_more(tunnel: Forwarder) -> None:
+    with Observers(tunnel, metrics="127.0.0.1:0") as observers, contextlib.ExitStack() as stack:
+        assert observers._web is not None
+        host, _, port = observers._web.address.rpartition(":")
+        before = threading.active_count()
+        for _ in range(40):
+            stack.enter_context(socket.create_connection((host, int(port)), 5))
+        wait_until(lambda: threading.active_count() == before + CLIENTS)
+        assert _http(observers._web.address, "/", None) == ""
+        stack.close()
+        wait_until(lambda: " 200 " in _http(observers._web.address, "/", None))
+
+
+def _http(address: str, path: str, host_header: str | None) -> str:
+    """The first line of the answer."""
+    host, _, port = address.rpartition(":")
+    with socket.create_connection((host, int(port)), 5) as sock, contextlib.suppress(ConnectionError):
+        named = f"Host: {host_header}\r\n" if host_header is not None else ""
+        sock.sendall(f"GET {path} HTTP/1.0\r\n{named}\r\n".encode())
+        return sock.makefile("rb").readline().decode()
+    return ""
 
 
 def described_names() -> set[str]:

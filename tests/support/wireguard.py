@@ -1,7 +1,8 @@
 """WireGuard without root: an engine on a socketpair and loopback, and its peers played in plain Python.
 
 Every byte that the engine sends is opened, and every byte that it gets is made, by `fasttun.wireguard.keypairs`.
-Not for: whole devices with handshakes (`pair`, below, makes two of those), real TUN devices (support/netns.py).
+Below that, whole devices: `ends` for two on loopback, `running` for one on a host of a `Lab`.
+Not for: namespaces themselves (support/netns.py).
 """
 
 from __future__ import annotations
@@ -9,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Any
 
 from fasttun._core import NEWS_FLAGS, Engine, SessionTable
@@ -24,11 +26,12 @@ from fasttun.wireguard.keys import PresharedKey, PrivateKey
 from fasttun.wireguard.noise import TransportKeys
 from fasttun.wireguard.tunnel import WireGuard
 
-from .netns import wait_until
-from .tunnels import Pipe, bind_udp, descriptors, ip_packet, threads
+from .netns import Namespace, wait_until
+from .tunnels import Pipe, assert_balanced, bind_udp, descriptors, ip_packet, threads
 
 __all__ = [
-    "NEWS_FLAGS", "Device", "Ends", "Remote", "ends", "exchange", "flags", "inner", "networks", "pair_of_configs",
+    "INNER", "NEWS_FLAGS", "OVERHEAD", "Device", "Ends", "Remote", "at", "ends", "exchange", "flags", "host_configs",
+    "inner", "lost", "networks", "pair_of_configs", "reaches", "running",
 ]
 
 OVERHEAD = 32
@@ -57,15 +60,22 @@ class Device:
     """
 
     def __init__(self, *, mtu: int = 1420, host: str = "127.0.0.1", engine_mtu: int | None = None,
-                 tun_fd: int | None = None, **options: Any) -> None:
+                 start: bool = True, **options: Any) -> None:
         self.mtu = mtu
         self.pipe = Pipe.make()
         self.sock = bind_udp(host)
+        with contextlib.suppress(OSError):
+            self.sock.setsockopt(socket.SOL_SOCKET, 33, 4 << 20)  # SO_RCVBUFFORCE: no losses but the wanted
         self.table = SessionTable(family=int(self.sock.family), mtu=mtu)
-        self.engine = Engine(self.table, tun_fd=self.pipe.fd if tun_fd is None else tun_fd,
-                             udp_fd=self.sock.fileno(), mtu=engine_mtu or mtu, **options)
+        self.engine = Engine(self.table, tun_fd=self.pipe.fd, udp_fd=self.sock.fileno(),
+                             mtu=engine_mtu or mtu, **options)
         self.remotes: list[Remote] = []
         self._thread = threading.Thread(target=self.engine.run)
+        if start:
+            self.start()
+
+    def start(self) -> None:
+        """For what must meet the loop in one burst: send it before."""
         self._thread.start()
 
     @property
@@ -208,8 +218,11 @@ def pair_of_configs(*, preshared: PresharedKey | None = None, keepalive: int = 0
 
 @contextlib.contextmanager
 def ends(configs: tuple[Config, Config] | None = None, *, a: dict[str, Any] | None = None,
-         b: dict[str, Any] | None = None, introduce: bool = True) -> Iterator[Ends]:
-    """Both running; with `introduce` b knows where a is. Afterwards no thread and no descriptor is left."""
+         b: dict[str, Any] | None = None, introduce: bool = True, sweep: bool = True) -> Iterator[Ends]:
+    """Both running; with `introduce` b knows where a is. Afterwards no thread and no descriptor is left.
+
+    sweep: look for descriptors; not where logged tracebacks keep what they name alive.
+    """
     before = set(descriptors())
     first, second = configs or pair_of_configs()
     with Pipe.make() as near, Pipe.make() as far, \
@@ -219,7 +232,7 @@ def ends(configs: tuple[Config, Config] | None = None, *, a: dict[str, Any] | No
             two.update_peer(first.private_key.public, endpoint=at(one))  # type: ignore[union-attr]
         yield Ends(one, two, near, far)
     left = {fd: what for fd, what in descriptors().items() if fd not in before}
-    assert not left
+    assert not left or not sweep
     assert not threads()
 
 
@@ -245,3 +258,47 @@ def _await(receive: Callable[..., bytes], wanted: bytes, timeout: float) -> None
     deadline = time.monotonic() + timeout
     while (got := receive(timeout=max(0.01, deadline - time.monotonic()))) != wanted:
         assert len(got) >= 20
+
+
+# --------------------------------------------------------------------------------- between two hosts
+
+INNER = (("10.9.0.1", "fd09::1"), ("10.9.0.2", "fd09::2"))
+
+
+def host_configs(endpoint: str, *, keepalive: int = 0, preshared: PresharedKey | None = None,
+                 **listener: Any) -> tuple[Config, Config]:
+    """A listener a on port 51820 and a client b that finds it at `endpoint`, with inner addresses."""
+    a, b = PrivateKey.generate(), PrivateKey.generate()
+    first, second = (tuple(ip_interface(f"{text}/{'64' if ':' in text else '24'}") for text in end) for end in INNER)
+    return (
+        Config(private_key=a, listen_port=51820, address=first, peers=(PeerConfig(
+            b.public, preshared, networks("10.9.0.2/32", "fd09::2/128")),), **listener),
+        Config(private_key=b, address=second, peers=(PeerConfig(
+            a.public, preshared, networks("10.9.0.0/24", "fd09::/64"), endpoint, keepalive),)),
+    )
+
+
+@contextlib.contextmanager
+def running(ns: Namespace, config: Config, **options: Any) -> Iterator[WireGuard]:
+    """A `WireGuard` on the host `ns`; afterwards its books balance."""
+    tunnel = WireGuard(config, **options)
+    with ns.enter():
+        tunnel.start()
+    try:
+        yield tunnel
+    finally:
+        tunnel.stop()
+    assert_balanced(tunnel.stats())
+
+
+def reaches(ns: Namespace, host: str, timeout: float = 10) -> None:
+    """Waits until `host` answers a ping."""
+    wait_until(lambda: ns.run(["ping", "-c1", "-W1", host], check=False).returncode == 0, timeout, what=f"ping {host}")
+
+
+def lost(ns: Namespace, host: str, count: int, interval_s: float, *options: str) -> int:
+    """How many of `count` pings have no answer."""
+    done = ns.run(["ping", "-q", "-n", f"-c{count}", f"-i{interval_s}", "-W1", *options, host], check=False, timeout=60)
+    found = re.search(r"(\d+) packets transmitted, (\d+) received", done.stdout)
+    assert found, done.stdout + done.stderr
+    return int(found[1]) - int(found[2])
