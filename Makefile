@@ -7,13 +7,14 @@ PYTEST_ARGS ?=
 
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help build test lint demo bench bench-quick sanitize sdist dist clean
+.PHONY: help build test lint man demo bench bench-quick sanitize sdist dist clean
 
 help:
 	@echo "make demo         show fasttun at work between two network namespaces (needs root)"
 	@echo "make test         linters, type checks and all tests (root: with network namespaces)"
 	@echo "make build        .venv and the extension, ready to use and to change"
 	@echo "make lint         ruff, mypy, cython-lint, stubtest"
+	@echo "make man          the manual page, from the source of --help: build/man/fasttun.1"
 	@echo "make bench        every tunnel side by side; writes the README's table (needs root, takes long)"
 	@echo "make bench-quick  the same in short; prints the table, writes nothing but build/"
 	@echo "make sanitize     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -30,6 +31,11 @@ demo:
 lint:
 	@scripts/bootstrap.sh test
 	@scripts/lint.sh
+
+man:
+	@scripts/bootstrap.sh build
+	@mkdir -p build/man
+	@$(PYTHON) -m fasttun.cli.manual > build/man/fasttun.1
 
 # Tests marked `alone` compare speeds, so they run first, with nothing beside them.
 # All parts run even after a failure. Status 5 is pytest's for nothing collected.

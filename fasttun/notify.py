@@ -11,7 +11,7 @@ import os
 import socket
 import time
 
-__all__ = ["notify", "ready", "reloading", "status", "stopping"]
+__all__ = ["alive", "notify", "ready", "reloading", "status", "stopping", "watchdog_interval_s"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,6 +42,19 @@ def ready(text: str = "") -> bool:
 def reloading() -> bool:
     """A reload begins; `ready` ends it. Has the time that Type=notify-reload asks for."""
     return notify("RELOADING=1", f"MONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
+
+
+def watchdog_interval_s() -> float | None:
+    """How often `alive` is to be called: half of what the watchdog waits (sd_watchdog_enabled(3)); None without one."""
+    for_whom, span_us = os.environ.get("WATCHDOG_PID", ""), os.environ.get("WATCHDOG_USEC", "")
+    if not span_us.isdecimal() or int(span_us) == 0 or for_whom not in ("", str(os.getpid())):
+        return None
+    return int(span_us) / 2e6
+
+
+def alive() -> bool:
+    """The process does its work: the watchdog waits anew."""
+    return notify("WATCHDOG=1")
 
 
 def stopping(text: str = "") -> bool:

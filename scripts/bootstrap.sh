@@ -86,6 +86,14 @@ lacking() {
     need_program wireguard-go wireguard-go
     need_program wg wireguard-tools
     need_program tshark tshark
+    need_program zsh zsh
+    need_program fish fish
+    need_program mandoc mandoc
+    need_program strace strace
+    need_program systemd-analyze systemd
+    need_program dpkg-deb dpkg
+    need_program dpkg-buildpackage dpkg-dev
+    need_program dh debhelper
 }
 
 install_packages() {

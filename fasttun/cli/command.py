@@ -20,6 +20,7 @@ __all__ = ["fasttun", "go_style"]
 COMMANDS = {
     "status": LazyCommand("fasttun.cli.status", "status", "The running tunnels."),
     "top": LazyCommand("fasttun.cli.top", "top", "A running tunnel, live."),
+    "doctor": LazyCommand("fasttun.cli.doctor", "doctor", "What stands in the way here, and how to mend it."),
     "invite": LazyCommand("fasttun.cli.people", "invite", "Let somebody in: keys, address, file, QR code."),
     "revoke": LazyCommand("fasttun.cli.people", "revoke", "Shut a peer out."),
     "peers": LazyCommand("fasttun.cli.people", "peers", "The peers of a listener."),
@@ -29,6 +30,8 @@ COMMANDS = {
     "up": LazyCommand("fasttun.cli.updown", "up", "Bring a WireGuard tunnel up from a wg-quick file."),
     "down": LazyCommand("fasttun.cli.updown", "down", "Take it down again."),
     "wg": LazyCommand("fasttun.cli.wg", "wg", "Make a WireGuard device that wg, wg-quick and ip set up."),
+    "service": LazyCommand("fasttun.cli.service", "service", "Tunnels as systemd services."),
+    "completion": LazyCommand("fasttun.cli.completion", "completion", "The completion script for a shell."),
     "demo": LazyCommand(
         "fasttun.cli.demo", "demo", "Two hosts on this machine, a tunnel between them, a file through it."
     ),

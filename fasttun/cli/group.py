@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+
+if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
 
 __all__ = ["LazyCommand", "SectionOption", "SectionedGroup"]
 
@@ -44,6 +48,20 @@ class SectionedGroup(click.Group):
     def __init__(self, *args: Any, lazy: Mapping[str, LazyCommand] | None = None, **attrs: Any) -> None:
         super().__init__(*args, **attrs)
         self.lazy = dict(lazy or {})
+
+    def make_context(self, *args: Any, **extra: Any) -> click.Context:
+        """As click's, and NO_COLOR (no-color.org) holds in this context and those below it."""
+        if os.environ.get("NO_COLOR"):
+            extra.setdefault("color", False)
+        return super().make_context(*args, **extra)
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """As click's, without loading the commands whose names are shown."""
+        from click.shell_completion import CompletionItem
+
+        rows = [(name, command.help) for name, command in self.lazy.items()]
+        found = [CompletionItem(name, help=text) for name, text in rows if name.startswith(incomplete)]
+        return found + click.Command.shell_complete(self, ctx, incomplete)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return [*self.lazy, *super().list_commands(ctx)]

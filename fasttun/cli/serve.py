@@ -12,6 +12,7 @@ import contextlib
 import ipaddress
 import logging
 import os
+import select
 import signal
 import socket
 import threading
@@ -45,7 +46,12 @@ class _Interrupted(Exception):
 
 
 class _Signals:
-    """Signals and ends as bytes in a pipe. Main thread only, save `post_end`."""
+    """Signals and ends as bytes in a pipe. Main thread only, save `post_end`.
+
+    `alive`: whether the service manager's watchdog is to be told, while `next` waits, that all is well.
+    """
+
+    alive: Callable[[], bool] = staticmethod(lambda: True)
 
     def __enter__(self) -> _Signals:
         self._reader, self._writer = socket.socketpair()
@@ -64,6 +70,10 @@ class _Signals:
 
     def next(self) -> int:
         """Wait for the next byte: a signal's number or `_ENDED`."""
+        interval_s = notify.watchdog_interval_s()
+        while interval_s is not None and not select.select([self._reader], [], [], interval_s)[0]:
+            if self.alive():
+                notify.alive()
         return self._reader.recv(1)[0]
 
     def terminal_went(self) -> bool:
@@ -161,6 +171,7 @@ class _Service:
                 self._observers.start()
                 self._announce()
                 watch = _Watched(self._signals, forwarder.wait)
+                self._signals.alive = self._is_alive
                 self._until_end()
                 notify.stopping("undoing what was set up")
                 forwarder.stop()
@@ -205,6 +216,11 @@ class _Service:
                 if self._signals.terminal_went():
                     return
                 self._reload()
+
+    def _is_alive(self) -> bool:
+        """The workers run, and the tables that they share are not held for ever: reading them returns."""
+        self._forwarder.stats()
+        return bool(self._forwarder.running)
 
     def _reload(self) -> None:
         notify.reloading()

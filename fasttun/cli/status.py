@@ -5,7 +5,9 @@ Not for: what is in the documents (`fasttun.observe.snapshot`), a live view (`to
 
 from __future__ import annotations
 
+import contextlib
 import json
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,9 +16,13 @@ from typing import Any
 import click
 
 from ..errors import StateError
+from .lines import write_error
 from .report import size
 
 __all__ = ["ago", "status"]
+
+_KEY_LENGTH = 44
+"""Of a public key in base64."""
 
 
 @click.command()
@@ -26,7 +32,7 @@ __all__ = ["ago", "status"]
 def status(name: str | None, as_json: bool, watch: str | None) -> int:
     """Show the running tunnels, or the one of that NAME."""
     interval_s = _seconds(watch)
-    before: dict[int, dict[str, Any]] = {}
+    before: dict[tuple[int, str], dict[str, Any]] = {}
     while True:
         found = _documents(name)
         if as_json:
@@ -36,12 +42,14 @@ def status(name: str | None, as_json: bool, watch: str | None) -> int:
             if interval_s and sys.stdout.isatty():
                 click.clear()
             for document in found:
-                for line in _lines(document, before.get(document["pid"])):
+                earlier = before.get((document["pid"], document["name"]))
+                for line in _lines(document, earlier):
                     click.echo(line)
+                _show_peers(*_peers(document, earlier))
         if not interval_s:
             return 0
         sys.stdout.flush()
-        before = {document["pid"]: document for document in found}
+        before = {(document["pid"], document["name"]): document for document in found}
         time.sleep(interval_s)
 
 
@@ -58,17 +66,22 @@ def _seconds(watch: str | None) -> float:
 
 
 def _documents(name: str | None) -> list[dict[str, Any]]:
-    from ..observe.client import choose, running
+    """Of all that answer; one that does not is named on standard error. StateError when none does."""
+    from ..observe.client import choose, known
 
     if name is not None:
         return [choose(name).ask()]
-    try:
-        found = running()
-    except PermissionError as error:
-        raise StateError(f"{error.filename} is not readable: ask as the user that runs the tunnels") from None
-    if not found:
-        raise StateError("no tunnel is running")
-    return [one.ask() for one in found]
+    documents, errors = [], []
+    for one in known():
+        try:
+            documents.append(one.ask())
+        except StateError as error:
+            errors.append(str(error))
+    if not documents:
+        raise StateError("; ".join(errors))
+    for text in errors:
+        write_error(text)
+    return documents
 
 
 def ago(seconds: float | None) -> str:
@@ -98,23 +111,57 @@ def _lines(now: dict[str, Any], before: dict[str, Any] | None) -> Iterator[str]:
         drops = ", ".join(f"{reason} {count}" for reason, count in counted["drops"].items() if count)
         yield text + (click.style(f", dropped: {drops}", fg="yellow") if drops else "")
     yield "  offloads  " + ", ".join(f"{name} {state}" for name, state in now["offloads"].items())
-    yield from _peers(now)
 
 
-def _peers(now: dict[str, Any]) -> Iterator[str]:
-    wireguard = now["mode"] == "wireguard"
-    heads = ["peer", "inside", *(["endpoint", "handshake"] if wireguard else ["heard"]), "received", "sent"]
+def _peers(now: dict[str, Any], before: dict[str, Any] | None) -> tuple[list[str], list[list[str]]]:
+    """The heads and the rows of the table; with rates when there is an earlier document."""
+    wireguard, rates = now["mode"] == "wireguard", before is not None
+    heads = ["peer", "inside", *(["endpoint", "handshake"] if wireguard else ["heard"]),
+             "received", *(["/s"] if rates else []), "sent", *(["/s"] if rates else [])]
+    known = {peer["id"]: peer for peer in before["peers"]} if before is not None else {}
+    gap = max(1e-3, now["time"] - before["time"]) if before is not None else 1.0
     rows = []
     for peer in now["peers"]:
         last = peer.get("silent_s")
         if wireguard:
             last = now["time"] - peer["last_handshake"] if peer["last_handshake"] else None
-        rows.append([peer["id"], ", ".join(peer["addresses"]) or "–", *([peer["endpoint"] or "–"] if wireguard else []),
-                     ago(last), size(peer["rx_bytes"]), size(peer["tx_bytes"])])
+        counts = []
+        for field in ("rx_bytes", "tx_bytes"):
+            counts.append(size(peer[field]))
+            if rates:
+                counts.append(size(round(max(0, peer[field] - known.get(peer["id"], peer)[field]) / gap)))
+        rows.append([peer["id"], ", ".join(peer["addresses"]) or "-", *([peer["endpoint"] or "-"] if wireguard else []),
+                     ago(last), *counts])
+    return heads, rows
+
+
+def _show_peers(heads: list[str], rows: list[list[str]]) -> None:
+    """On a terminal that is too narrow, keys are cut and the rest is folded, by rich; else one line a peer."""
     if not rows:
-        yield "  no peers"
+        click.echo("  no peers")
         return
     widths = [max(len(row[at]) for row in [heads, *rows]) for at in range(len(heads))]
+    if sys.stdout.isatty() and 2 + sum(widths) + 2 * (len(widths) - 1) > shutil.get_terminal_size().columns:
+        with contextlib.suppress(ModuleNotFoundError):
+            _show_narrow(heads, rows)
+            return
     for number, row in enumerate([heads, *rows]):
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        yield "  " + (click.style(line, dim=True) if number == 0 else line)
+        click.echo("  " + (click.style(line, dim=True) if number == 0 else line))
+
+
+def _show_narrow(heads: list[str], rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.padding import Padding
+    from rich.table import Table
+
+    console = Console(markup=False, highlight=False)
+    table = Table(*heads, box=None, pad_edge=False, header_style="dim")
+    for column in table.columns:
+        column.overflow = "fold"
+        column.no_wrap = column.header not in ("inside", "endpoint")
+    for who, *others in rows:
+        cut = len(who) == _KEY_LENGTH and who.endswith("=")
+        table.add_row(who[:10] + (".." if console.options.ascii_only else "…") if cut else who, *others)
+    sys.stdout.flush()
+    console.print(Padding(table, (0, 0, 0, 2), expand=False))

@@ -549,6 +549,20 @@ def test_what_waits_for_a_session_goes_first_and_in_order(device):
     assert "sent" in device.news()[0][1]
 
 
+def test_a_packet_does_not_overtake_those_that_wait(device):
+    b = Remote(device, f"{B}/32", session=False)
+    device.send(ip_packet(A, B, b"1"))
+    device.send(ip_packet(A, B, b"2"))
+    wait_until(lambda: b.counters()["queued"] == 2)
+    keypair = b.session(activate=False)
+    b.send(from_b(), keypair=keypair)  # confirmed, before the control side has had the queue sent
+    device.pipe.receive()
+    device.send(ip_packet(A, B, b"3"))
+    wait_until(lambda: device.counters()["outbound"]["packets_in"] == 3)
+    device.table.activate(keypair.remote_index, False)
+    assert [b.receive(keypair)[20:21] for _ in range(3)] == [b"1", b"2", b"3"]
+
+
 def test_a_session_without_data_is_confirmed_by_a_keepalive(device):
     b = Remote(device, f"{B}/32", session=False)
     b.session(confirm=True)
@@ -790,6 +804,14 @@ def test_numbers_that_are_not_there_raise_key_error(device):
             with pytest.raises(KeyError):
                 call(wrong, *rest)
     assert table.lookup(ipaddress.ip_address("10.0.0.1")) is None
+
+
+def test_a_removed_peers_allowed_ips_are_nobodys(device, b):
+    device.table.remove_peer(b.number)
+    assert device.table.lookup(ipaddress.ip_address(B)) is None
+    assert device.table.lookup(ipaddress.ip_address(B6)) is None
+    device.send(to_b())
+    wait_until(lambda: device.drops == {"out_no_peer": 1})
 
 
 def test_news_of_sent_and_received_tell_which_was_later(device, b):

@@ -16,7 +16,6 @@ import threading
 import time
 import traceback
 from dataclasses import replace
-from ipaddress import ip_network
 
 import pytest
 from support.netns import wait_until
@@ -29,7 +28,6 @@ from fasttun.errors import ConfigurationError, DeviceError, EndpointError, State
 from fasttun.wireguard import keypairs, timers
 from fasttun.wireguard.config import Config, PeerConfig
 from fasttun.wireguard.cookies import CookieGenerator
-from fasttun.wireguard.host import Host
 from fasttun.wireguard.host import Host
 from fasttun.wireguard.interface import Interface
 from fasttun.wireguard.keys import PresharedKey, PrivateKey, PublicKey
