@@ -1719,7 +1719,8 @@ cdef class Engine:
                     break
                 PyErr_CheckSignals()
         finally:
-            abandon(w)
+            with nogil:  # it takes the lock, and whoever has that may be waiting for the GIL
+                abandon(w)
             tell(w.notify_fd)
         if result < 0:
             raise DeviceError("forward through", self.name, -result, _dead_hint(-result))

@@ -93,7 +93,13 @@ lacking() {
     need_program systemd-analyze systemd
     need_program dpkg-deb dpkg
     need_program dpkg-buildpackage dpkg-dev
-    need_program dh debhelper
+    need_program man man-db
+    need_program setpriv util-linux
+    need_program script bsdutils
+    # The Debian package is built for Debian's own interpreter.
+    if ! { /usr/bin/python3 -c "$python_venv" && /usr/bin/python3 -c "$python_headers"; } 2>/dev/null; then
+        packages+=(python3 python3-venv python3-dev)
+    fi
 }
 
 install_packages() {

@@ -222,6 +222,7 @@ class _Service:
         )
         tell()
         watch = _Watched(signals, tunnel.wait)
+        signals.alive = lambda: tunnel.running
         while (number := signals.next()) not in (signal.SIGINT, signal.SIGTERM):
             if number == signal.SIGUSR1:
                 for text, fields in report.counters(tunnel.stats()):

@@ -13,6 +13,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ __all__ = ["ControlServer", "runtime_directory"]
 VARIABLE = "FASTTUN_RUNTIME_DIR"
 LONGEST_REQUEST = 4096
 PATIENCE_S = 5.0
+RETRY_S = 0.05
 CLIENTS = 16
 
 Handler = Callable[[socket.socket, dict[str, Any]], dict[str, Any] | None]
@@ -116,12 +118,15 @@ class ControlServer:
             ready = {fd for fd, _ in poll.poll()}
             if wake[0].fileno() in ready:
                 return
-            with contextlib.suppress(OSError):
+            try:
                 connection, _ = listener.accept()
-                if self._room.acquire(blocking=False):
-                    threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
-                else:
-                    connection.close()
+            except OSError:  # gone again; or out of descriptors, and then it stays ready
+                time.sleep(RETRY_S)
+                continue
+            if self._room.acquire(blocking=False):
+                threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
+            else:
+                connection.close()
 
     def _serve(self, connection: socket.socket) -> None:
         try:

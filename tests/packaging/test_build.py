@@ -107,7 +107,7 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist: Path, source: Path) ->
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     tree = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
-    folders = ("bench/", "contrib/", "docs/", "examples/", "fasttun/", "scripts/", "tests/", ".ci/")
+    folders = ("bench/", "contrib/", "docs/", "examples/", "fasttun/", "packaging/", "scripts/", "tests/", ".ci/")
     kept = {name for name in tree if name.startswith(folders)}
     kept |= {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
     assert not kept - names, "in the tree, not in the sdist"

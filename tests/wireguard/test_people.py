@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import socket
 import stat
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from support.fake_device import FakeDevice
 
 from fasttun.cli import main, people
 from fasttun.errors import DeviceError
-from fasttun.wireguard.config import Config
+from fasttun.wireguard.config import Config, PeerConfig
 from fasttun.wireguard.control import ControlSocket
 from fasttun.wireguard.keys import PrivateKey
 
@@ -96,11 +98,29 @@ def test_the_running_tunnel_is_told(path: Path, device: FakeDevice, capsys: pyte
 def test_a_refusal_puts_the_file_back(path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]) -> None:
     before = path.read_text()
     device.fails["add_peer"] = DeviceError("add", "peer", 12)
-    status, out, err = invite(path, capsys, "alice", "--endpoint", "192.0.2.1")
+    guests = [path.parent / "alice.conf", path.parent / "alice.png"]
+    status, out, err = invite(path, capsys, "alice", "--endpoint", "192.0.2.1", "--output", str(guests[0]),
+                              "--png", str(guests[1]))
     assert status == 1
     assert out == ""
     assert "nothing was changed" in err
     assert path.read_text() == before
+    assert not any(guest.exists() for guest in guests)
+
+
+def test_a_reader_that_went_leaves_no_peer(
+    path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    before = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("click.echo", gone)
+        patch.setattr("fasttun.cli._forget", lambda _: None)
+        assert invite(path, capsys, "alice", "--endpoint", "192.0.2.1")[0] == 1
+    assert path.read_text() == before
+    assert device.peers == ()
 
 
 def test_files_of_secrets_are_private(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,12 +145,188 @@ def test_a_qr_code_holds_the_guests_file(path: Path, tmp_path: Path, capsys: pyt
     assert "█" in out or "▀" in out
 
 
+def test_a_guest_whose_file_cannot_be_written_is_not_let_in(
+        path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = path.read_text()
+    status, _, _ = invite(path, capsys, "alice", "--endpoint", "192.0.2.1", "--output", str(tmp_path / "no" / "where"))
+    assert status == 1
+    assert path.read_text() == before
+
+
+def test_a_name_is_no_command_to_the_terminal(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path.write_text(path.read_text() + f"[Peer]\n# Name = \x1b]0;x\x07bob\nPublicKey = {HOST.public}\n")
+    assert main(["peers", "--config", str(path)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+    assert main(["revoke", str(HOST.public), "--config", str(path)]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("words", "wrong"), [
-    (("a#b",), "name"), (("alice", "--allowed-ips", "10.7"), "--allowed-ips"),
+    (("a#b",), "name"), ((" ",), "name"), (("a\nb",), "name"), (("alice", "--allowed-ips", "10.7"), "--allowed-ips"),
+    (("alice", "--endpoint", "host:99999"), "--endpoint"), (("alice", "--endpoint", "a b"), "--endpoint"),
+    (("alice", "--endpoint", "a\\1:70000"), "--endpoint"), (("alice", "--endpoint", "a\\1"), "--endpoint"),
+    (("alice", "--keepalive", "70000"), "--keepalive"),
+    (("alice", "--allowed-ips", ",".join(f"fd00:{number:x}::/64" for number in range(300)), "--qr"), "--qr"),
 ])
 def test_bad_use(path: Path, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], wrong: str) -> None:
     before = path.read_text()
-    status, _, err = invite(path, capsys, *words, "--endpoint", "192.0.2.1")
+    status, _, err = invite(path, capsys, "--endpoint", "192.0.2.1", *words)
     assert status == 2
     assert wrong in err
     assert path.read_text() == before
+
+
+@pytest.mark.parametrize("option", ["--output", "--png"])
+def test_a_guests_file_that_cannot_be_written_leaves_no_peer(
+    option: str, path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = path.read_text()
+    status, out, _ = invite(path, capsys, "alice", "--endpoint", "192.0.2.1", option, str(path.parent / "no" / "file"))
+    assert status == 1
+    assert out == ""
+    assert path.read_text() == before
+    assert device.peers == ()
+
+
+def test_a_refused_revocation_puts_the_file_back(
+    path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    invite(path, capsys, "alice", "--endpoint", "192.0.2.1")
+    before = path.read_text()
+    device.fails["remove_peer"] = DeviceError("remove", "peer", 12)
+    assert main(["revoke", "alice", "--config", str(path)]) == 1
+    assert path.read_text() == before
+
+
+def test_peers_that_are_not_in_the_file_count(
+    path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = PrivateKey.generate().public
+    networks = (ipaddress.ip_network("10.7.0.2/32"), ipaddress.ip_network("fd07::2/128"))
+    device.add_peer(PeerConfig(other, allowed_ips=networks))
+    status, out, _ = invite(path, capsys, "alice", "--endpoint", "192.0.2.1")
+    assert status == 0
+    assert [str(address) for address in Config.parse(out).address] == ["10.7.0.3/32", "fd07::3/128"]
+    assert main(["peers", "--config", str(path), "--json"]) == 0
+    rows = {row["public_key"]: row for row in json.loads(capsys.readouterr().out)["peers"]}
+    assert rows[str(other)]["allowed_ips"] == ["10.7.0.2/32", "fd07::2/128"]
+    assert (rows[str(other)]["name"], rows[str(other)]["saved"]) == (None, False)
+    assert [row["name"] for row in rows.values() if row["saved"]] == ["alice"]
+    before = path.read_text()
+    assert main(["revoke", str(other), "--config", str(path)]) == 0
+    assert [str(entry.public_key) for entry in device.peers] == [str(Config.read(path).peers[0].public_key)]
+    assert path.read_text() == before
+
+
+def test_a_link_is_named_as_the_link(path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]) -> None:
+    elsewhere = path.rename(path.with_name("office.conf"))
+    path.symlink_to(elsewhere)
+    assert invite(path, capsys, "alice", "--endpoint", "192.0.2.1")[0] == 0
+    assert len(device.peers) == 1
+    assert path.is_symlink()
+    assert Config.read(elsewhere).peers[0].name == "alice"
+
+
+def test_a_device_that_is_not_ours_is_told_of(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, _, err = invite(path, capsys, "alice", "--endpoint", "192.0.2.1", "--interface", "lo")
+    assert status == 0
+    assert "wg syncconf lo" in err
+
+
+def test_an_answer_that_breaks_off_changes_nothing(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    people.SOCKETS.mkdir()
+    before = path.read_text()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(people.SOCKETS / "wg7.sock"))
+        server.listen()
+
+        def answer() -> None:
+            for said in (b"listen_port=1\nerrno=0\n\n", b"", b""):
+                connection, _ = server.accept()
+                with connection:
+                    connection.recv(65536)
+                    connection.sendall(said)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        status, out, err = invite(path, capsys, "alice", "--endpoint", "192.0.2.1")
+        thread.join(5)
+    assert status == 1
+    assert out == ""
+    assert "broke off" in err
+    assert path.read_text() == before
+
+
+def test_the_port_of_a_listener_without_one_is_the_running_ones(
+    path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path.write_text(path.read_text().replace("ListenPort = 51820\n", ""))
+    device.listen_port = 40404
+    _, out, err = invite(path, capsys, "alice", "--endpoint", "2001:db8::7")
+    assert Config.parse(out).peers[0].endpoint == "[2001:db8::7]:40404"
+    assert "no ListenPort" in err
+
+
+def test_without_an_endpoint_the_outgoing_address_is_told(
+    path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(people, "_outgoing_address", lambda: "192.168.1.5")
+    _, out, err = invite(path, capsys, "alice")
+    assert Config.parse(out).peers[0].endpoint == "192.168.1.5:51820"
+    assert "private address" in err
+    assert "# Endpoint" not in path.read_text()
+
+
+def _photographed(text: str) -> str:
+    """What a phone reads of the half blocks, white where the terminal draws and black elsewhere."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in text.splitlines() if "█" in line]
+    image = Image.new("L", (max(map(len, rows)), 2 * len(rows)))
+    for y, row in enumerate(rows):
+        for x, block in enumerate(row):
+            image.putpixel((x, 2 * y), 255 * (block in "█▀"))
+            image.putpixel((x, 2 * y + 1), 255 * (block in "█▄"))
+    (code,) = zxingcpp.read_barcodes(image.resize((image.width * 6, image.height * 6), Image.Resampling.NEAREST))
+    return code.text
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_code_on_the_terminal_holds_the_guests_file(
+    terminal: bool, path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    words = ("alice", "--endpoint", "vpn.example.org", "--dns", "10.7.0.1, lan", "--allowed-ips", "0.0.0.0/0,::/0")
+    status, out, _ = invite(path, capsys, *words, *([] if terminal else ["--qr"]))
+    assert status == 0
+    begin = min(out.index(mark) for mark in ("█", "\x1b") if mark in out)
+    assert _photographed(out) == out[:begin]
+    assert Config.parse(out[:begin]).dns == ("10.7.0.1", "lan")
+    # Its colours are its own: on a bright terminal it would be a negative.
+    assert all(line.startswith("\x1b[97;40m") for line in out[begin:].splitlines()) == terminal
+
+
+def test_a_missing_library_is_named_before_anything_is_done(
+    path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "segno", None)
+    before = path.read_text()
+    status, _, err = invite(path, capsys, "alice", "--endpoint", "192.0.2.1", "--qr")
+    assert status == 1
+    assert "pip install 'fasttun[qr]'" in err
+    assert path.read_text() == before
+    assert device.peers == ()
+    assert invite(path, capsys, "alice", "--endpoint", "192.0.2.1", "--no-qr")[0] == 0
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_the_table_on_a_terminal_shows_keys_whole(
+    rich: bool, path: Path, device: FakeDevice, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invite(path, capsys, "alice", "--endpoint", "192.0.2.1")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    if not rich:
+        monkeypatch.setitem(__import__("sys").modules, "rich.console", None)
+    assert main(["peers", "--config", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert str(Config.read(path).peers[0].public_key) in out
+    assert ("\x1b[1m" in out or len(out.splitlines()) > 2) == rich

@@ -186,7 +186,7 @@ def test_a_flood_of_handshake_messages_keeps_nobody_waiting(monkeypatch):
             done.set()
             for thread in floods:
                 thread.join()
-        assert heard[0] - started < 5  # two attempts, the first of which brings a cookie, or a few more
+        assert heard[0] - started < 12  # two attempts, the first of which brings a cookie, and those that were lost
         exchange(pair)
 
 
@@ -704,6 +704,7 @@ def test_stop_in_the_middle_of_a_handshake():
 def test_stop_wipes_what_the_tunnel_had():
     with ends() as pair:
         exchange(pair)
+        handshakes(pair.a)
         protocol = pair.a._host._protocol
         (peer,) = protocol.peers.values()
         current = peer.keypairs.current
@@ -755,6 +756,7 @@ def test_no_secret_is_shown(caplog):
         exchange(pair)
         pair.b.update_peer(public(pair.a), endpoint=at(pair.a))
         tracebacks(pair.a)
+        handshakes(pair.a)
         (session,) = (peer.keypairs.current for peer in pair.a._host._protocol.peers.values())
         secrets = [first.private_key.to_bytes(), second.private_key.to_bytes(), shared.to_bytes(),
                    bytes(session.keys.send), bytes(session.keys.receive)]
