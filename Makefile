@@ -37,14 +37,16 @@ man:
 	@mkdir -p build/man
 	@$(PYTHON) -m fasttun.cli.manual > build/man/fasttun.1
 
-# Tests marked `alone` compare speeds, so they run first, with nothing beside them.
+# Tests marked `alone` compare speeds, so they run first, with nothing beside them; those marked `waits` sleep.
 # All parts run even after a failure. Status 5 is pytest's for nothing collected.
 test:
 	@scripts/bootstrap.sh test
 	@status=0; \
 	scripts/lint.sh || status=1; \
 	$(PYTHON) -m pytest -m alone $(PYTEST_ARGS) || [ $$? -eq 5 ] || status=1; \
-	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not alone" $(PYTEST_ARGS) || status=1; \
+	$(PYTHON) -m pytest -m waits $(PYTEST_ARGS) & waits=$$!; \
+	$(PYTHON) -m pytest -n $(JOBS) --dist worksteal -m "not alone and not waits" $(PYTEST_ARGS) || status=1; \
+	wait $$waits || [ $$? -eq 5 ] || status=1; \
 	exit $$status
 
 # The loop and its parts (build/bench-loop.json), then the tunnels (bench/results/), the table and the pictures.

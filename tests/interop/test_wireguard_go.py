@@ -275,6 +275,7 @@ def test_scapy_and_tshark_decode_our_packets(
 # ------------------------------------------------------------------------------------ in real time
 
 @pytest.mark.slow
+@pytest.mark.waits
 def test_real_time(lab: Lab) -> None:
     """REKEY_AFTER_TIME, 120 s, with each side as the initiator; and a restart of ours, which theirs notices at 15 s.
 
