@@ -14,7 +14,7 @@ FRAMING_CODES: dict[str, int]
 FRAMING_NAMES: dict[int, str]
 NEWS_FLAGS: dict[str, int]
 SIDES: dict[str, int]
-CaptureClause = tuple[IPv4Network | IPv6Network | None, int, int, int, int, bool, bool]
+_CaptureClause = tuple[IPv4Network | IPv6Network | None, int, int, int, int, bool, bool]
 
 class PeerTable:
     @property
@@ -78,7 +78,7 @@ class Engine:
     ) -> None: ...
     def capture_start(
         self, *, inner: bool = ..., outer: bool = ..., snap_length: int = ...,
-        clauses: Iterable[CaptureClause] = ..., local_port: int = ...,
+        clauses: Iterable[_CaptureClause] = ..., local_port: int = ...,
     ) -> None: ...
     def capture_stop(self) -> None: ...
     def capture_read(self, limit: int = ...) -> tuple[list[tuple[int, bool, bool, int, bytes]], int]: ...

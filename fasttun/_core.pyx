@@ -1332,7 +1332,7 @@ cdef class PeerTable:
     cdef readonly int notify_fd
 
     def __cinit__(self, *, int family=AF_INET6, bint fixed=False, str framing="auto", allow=(), own=(),
-                 double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192):
+                  double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192):
         cdef int i
         self.notify_fd = -1
         if not 0 < peers <= 1 << 20 or not 0 < addresses <= 1 << 20:
@@ -1586,9 +1586,9 @@ cdef class Engine:
     cdef int state
 
     def __cinit__(self, table not None, *, int tun_fd, int udp_fd, int mtu=1500,
-                 int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
-                 bint join_udp=False, bint connected=False, int busy_poll_us=0,
-                 bint sticky=False, str name="tunnel"):
+                  int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
+                  bint join_udp=False, bint connected=False, int busy_poll_us=0,
+                  bint sticky=False, str name="tunnel"):
         cdef int i
         cdef worker_t *w
         if not 1 <= burst_packets <= MAX_BURST:
@@ -1719,11 +1719,14 @@ cdef class Engine:
                     break
                 PyErr_CheckSignals()
         finally:
-            with nogil:  # it takes the lock, and whoever has that may be waiting for the GIL
-                abandon(w)
+            self.end()
             tell(w.notify_fd)
         if result < 0:
             raise DeviceError("forward through", self.name, -result, _dead_hint(-result))
+
+    cdef void end(self) noexcept:
+        with nogil:  # it takes the lock, and whoever has that may be waiting for the GIL
+            abandon(self.w)
 
     def stop(self):
         """Makes `run()` return soon; before `run()`, makes it return at once. Any thread, any number of times."""

@@ -32,7 +32,8 @@ cdef extern from *:
     void store_release "ft_store_release"(uint64_t *, uint64_t) noexcept nogil
 
 ctypedef struct capture_clause_t:
-    # A term of a conjunction: all that it names must hold; a term with `last` ends a conjunction, and any one of them that holds is enough.
+    # A term of a conjunction: all that it names must hold. A term with `last` ends a conjunction, and any one of
+    # them that holds is enough.
     uint8_t[16] network
     # IPv4 as v4-mapped
     int bits

@@ -8,7 +8,12 @@ import sys
 
 import click
 
+from ..errors import ConfigurationError
+
 __all__ = ["genkey", "genpsk", "pubkey"]
+
+_LONGEST = 4096
+"""Bytes: more than a key with any white space around it."""
 
 
 def _warn_if_readable() -> None:
@@ -44,4 +49,9 @@ def pubkey() -> None:
     """Read a private key from standard input and print its public key."""
     from ..wireguard.keys import PrivateKey
 
-    click.echo(str(PrivateKey.from_base64(sys.stdin.readline()).public))
+    words = sys.stdin.buffer.read(_LONGEST).decode("ascii", "replace").split()
+    if not words:
+        raise ConfigurationError("standard input", "has no key", "as in fasttun pubkey < key")
+    if len(words) > 1:
+        raise ConfigurationError("standard input", "has more than a key", "give it the private key alone")
+    click.echo(str(PrivateKey.from_base64(words[0]).public))

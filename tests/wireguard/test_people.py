@@ -5,9 +5,12 @@ from __future__ import annotations
 import ipaddress
 import json
 import re
+import shutil
 import socket
 import stat
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +18,7 @@ import pytest
 import zxingcpp
 from PIL import Image
 from support.fake_device import FakeDevice
+from support.netns import Lab, missing, wait_until
 
 from fasttun.cli import main, people
 from fasttun.errors import DeviceError
@@ -330,3 +334,49 @@ def test_the_table_on_a_terminal_shows_keys_whole(
     out = capsys.readouterr().out
     assert str(Config.read(path).peers[0].public_key) in out
     assert ("\x1b[1m" in out or len(out.splitlines()) > 2) == rich
+
+
+@pytest.mark.netns
+def test_a_guest_comes_in_and_is_shut_out(tmp_path: Path) -> None:
+    """From end to end: the commands, a real tunnel, and another implementation that takes the printed file."""
+    if missing() or not (shutil.which("wg") and shutil.which("wireguard-go")):
+        pytest.skip(missing() or "needs wg and wireguard-go")
+    from support.wireguard_go import Go
+
+    file = tmp_path / "wg0.conf"
+    file.write_text(f"[Interface]\nPrivateKey = {HOST.to_base64()}\nAddress = 10.7.0.1/24, fd07::1/64\n"
+                    "ListenPort = 51820\n")
+    file.chmod(0o600)
+    with Lab() as lab:
+        a, b, link = lab.pair()
+        # A /run of its own: nothing of the control socket is seen outside.
+        holder = a.popen(["unshare", "--mount", "--propagation", "private", "sh", "-c",
+                          "mount -t tmpfs tmpfs /run && echo && exec sleep 120"])
+        assert holder.stdout is not None
+        holder.stdout.readline()
+
+        def run(*words: str) -> str:
+            return a.run(["nsenter", f"--target={holder.pid}", "--mount", "--", "env",
+                          "FASTTUN_RUNTIME_DIR=/run/fasttun", sys.executable, "-m", "fasttun", *words]).stdout
+
+        def reached() -> list[str]:
+            return [inside for inside in ("10.7.0.1", "fd07::1")
+                    if b.run(["ping", "-c1", "-W1", inside], check=False).returncode == 0]
+
+        run("up", str(file))
+        guest = Config.parse(run("invite", "alice", "--config", str(file), "--endpoint", link.a.v4))
+        with Go(b, guest) as go:
+            b.ip("route", "add", "10.7.0.0/24", "dev", go.device)
+            b.ip("route", "add", "fd07::/64", "dev", go.device)
+            wait_until(lambda: len(reached()) == 2, 10)
+            (row,) = json.loads(run("peers", "--config", str(file), "--json"))["peers"]
+            assert row["name"] == "alice"
+            assert row["endpoint"].startswith(f"{link.b.v4}:")
+            assert time.time() - row["last_handshake"] < 60
+            assert min(row["rx_bytes"], row["tx_bytes"]) > 0
+            run("revoke", "alice", "--config", str(file))
+            assert reached() == []
+            run("down", str(file))
+            run("up", str(file))
+            assert reached() == []
+        run("down", str(file))
