@@ -86,6 +86,7 @@ lacking() {
     need_program wireguard-go wireguard-go
     need_program wg wireguard-tools
     need_program tshark tshark
+    need_program tcpdump tcpdump
     need_program zsh zsh
     need_program fish fish
     need_program mandoc mandoc

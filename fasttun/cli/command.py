@@ -20,6 +20,8 @@ __all__ = ["fasttun", "go_style"]
 COMMANDS = {
     "status": LazyCommand("fasttun.cli.status", "status", "The running tunnels."),
     "top": LazyCommand("fasttun.cli.top", "top", "A running tunnel, live."),
+    "capture": LazyCommand("fasttun.cli.capture", "capture", "Packets of a running tunnel, printed or as pcapng."),
+    "bench": LazyCommand("fasttun.cli.bench", "bench", "The throughput of a running tunnel, now."),
     "doctor": LazyCommand("fasttun.cli.doctor", "doctor", "What stands in the way here, and how to mend it."),
     "invite": LazyCommand("fasttun.cli.people", "invite", "Let somebody in: keys, address, file, QR code."),
     "revoke": LazyCommand("fasttun.cli.people", "revoke", "Shut a peer out."),

@@ -245,9 +245,11 @@ def _bits(value: float) -> str:
 
 
 def _workers(history: list[dict[str, Any]]) -> str:
-    if len(history) < 2:
+    """Each worker's share of a processor, over two seconds: the kernel counts in hundredths of one."""
+    now = history[-1]
+    before = next((one for one in reversed(history) if now["time"] - one["time"] >= 2), history[0])
+    if before is now:
         return "-"
-    before, now = history[-2:]
     gap = _gap(before, now)
     return " ".join(f"{100 * (one['cpu_s'] - other['cpu_s']) / gap:.0f}%"
                     for one, other in zip(now["workers"], before["workers"], strict=False)) or "-"

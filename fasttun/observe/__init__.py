@@ -3,6 +3,7 @@
     snapshot    a tunnel as one JSON document     server, client   the control socket that answers with it
     metrics     the same for Prometheus           web              the page and the metrics over HTTP
     capture, filter, pcapng                       packets of a running tunnel
+    handshakes, stream                            those that pass by no engine; a capture over the control socket
 
 `Observers` opens and closes what a running tunnel offers. Not for: showing it (fasttun/cli).
 """
@@ -29,9 +30,11 @@ class Observers:
     """
 
     def __init__(self, tunnel: Any, *, metrics: str | None = None) -> None:
+        from . import stream
         from .server import ControlServer
 
         self._control = ControlServer(tunnel)
+        stream.register(self._control, tunnel)
         self._web = None
         if metrics is not None:
             from .web import WebServer

@@ -22,8 +22,11 @@ from .filter import compile_filter
 
 if TYPE_CHECKING:
     from .._core import Engine
+    from .handshakes import HandshakeTap
 
-__all__ = ["WHAT", "Capture", "Captured"]
+    Source = Engine | HandshakeTap
+
+__all__ = ["SNAP_LENGTH", "WHAT", "Capture", "Captured"]
 
 WHAT = ("inner", "outer", "both")
 SNAP_LENGTH = 262144
@@ -51,44 +54,48 @@ class Capture:
         self._clauses = compile_filter(filter)
         self._snap_length = snap_length
         self._stop = threading.Event()
+        self._packets = self._missed = 0
 
     def stop(self) -> None:
         """Ends `run` soon. Any thread."""
         self._stop.set()
 
-    def run(self, engines: Sequence[Engine], device: str, write: Callable[[bytes], object], *,
+    def run(self, engines: Sequence[Source], device: str, write: Callable[[bytes], object], *,
             local_port: int = 0, limit: int | None = None, seconds: float | None = None) -> Captured:
-        """Writes pcapng by `write` until `stop`, `limit` packets, or `seconds` have passed.
+        """Writes pcapng by `write` until `stop`, `limit` packets, or `seconds` have passed, and what is left then.
 
         An error that `write` raises ends the capture and goes on to the caller.
         """
         end = None if seconds is None else time.monotonic() + seconds
-        packets = missed = 0
+        self._packets = self._missed = 0
         with self._rings(engines, local_port):
             write(pcapng.header(device, self._snap_length, f"fasttun {__version__}"))
-            while not self._stop.is_set() and (limit is None or packets < limit) and (
-                    end is None or time.monotonic() < end):
-                found = [engine.capture_read() for engine in engines]
-                missed = sum(lost for _, lost in found)
-                ordered = list(heapq.merge(*(taken for taken, _ in found), key=itemgetter(0)))
-                if limit is not None:
-                    ordered = ordered[:limit - packets]
-                packets += len(ordered)
-                if ordered:
-                    write(b"".join(
-                        pcapng.packet(pcapng.OUTER if outer else pcapng.INNER, at, outbound, length, data)
-                        for at, outer, outbound, length, data in ordered))
-                else:
+            while not self._stop.is_set() and self._packets != limit and (end is None or time.monotonic() < end):
+                if not self._pass_on(engines, write, limit):
                     self._stop.wait(PAUSE_S)
-        for interface, wanted in ((pcapng.INNER, self._inner), (pcapng.OUTER, self._outer)):
-            if wanted:
-                # One ring serves both: the loss is written down once, with the first.
-                write(pcapng.statistics(interface, time.time_ns(), missed))
-                break
-        return Captured(packets, missed)
+        while self._packets != limit and self._pass_on(engines, write, limit):
+            pass  # what the rings still held
+        # One ring serves both interfaces: the loss is written down once.
+        interface = pcapng.INNER if self._inner else pcapng.OUTER
+        write(pcapng.statistics(interface, time.time_ns(), self._missed))
+        return Captured(self._packets, self._missed)
+
+    def _pass_on(self, engines: Sequence[Source], write: Callable[[bytes], object], limit: int | None) -> int:
+        """Writes what the rings hold, in the order of time; how many packets that was."""
+        found = [engine.capture_read() for engine in engines]
+        self._missed = sum(missed for _, missed in found)
+        ordered = list(heapq.merge(*(taken for taken, _ in found), key=itemgetter(0)))
+        if limit is not None:
+            ordered = ordered[:limit - self._packets]
+        self._packets += len(ordered)
+        if ordered:
+            write(b"".join(
+                pcapng.packet(pcapng.OUTER if outer else pcapng.INNER, at, outbound, length, data)
+                for at, outer, outbound, length, data in ordered))
+        return len(ordered)
 
     @contextlib.contextmanager
-    def _rings(self, engines: Sequence[Engine], local_port: int) -> Iterator[None]:
+    def _rings(self, engines: Sequence[Source], local_port: int) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for engine in engines:
                 engine.capture_start(inner=self._inner, outer=self._outer, snap_length=self._snap_length,

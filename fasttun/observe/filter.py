@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from .._core import SIDES
 from ..errors import ConfigurationError
 
-__all__ = ["compile_filter"]
+__all__ = ["Clause", "compile_filter"]
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Clause = tuple[Network | None, int, int, int, int, bool, bool]
@@ -78,6 +78,9 @@ def _term(words: list[str]) -> Clause:
             port = _number(rest[1], 65535)
         else:
             network = _network(rest[1], whole=rest[0] == "host")
+            if version not in (0, network.version):
+                raise _wrong(f"{rest[1]!r} is not of IPv{version}")
+            version = network.version  # ::/0 holds no IPv4 addresses, though the loop keeps those mapped
         rest = rest[2:]
     if rest:
         raise _wrong(f"{rest[0]!r} is not known here")

@@ -70,6 +70,8 @@ class WireGuard(Tunnel):
     """
 
     mode = "wireguard"
+    tap: Callable[[int, bytes, Endpoint, Address | None], object] | None = None
+    """Called with each handshake message sent and when (ns since 1970), while somebody captures; must not block."""
 
     def __init__(
         self,
@@ -218,9 +220,12 @@ class WireGuard(Tunnel):
         except EndpointError:
             self._send_failed["unreachable"] += 1
             return
+        tap, at_ns = self.tap, time.time_ns()  # its answer may be here before we are back
         for control in ([_source(sock.family, local)] if local is not None else []), []:
             try:
                 sock.sendmsg([datagram], control, socket.MSG_DONTWAIT, address)
+                if tap is not None:
+                    tap(at_ns, datagram, to, local)
                 return
             except OSError as error:  # `local` may be gone: then once more without
                 reason = error
