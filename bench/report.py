@@ -47,6 +47,10 @@ class Results:
         shares = [sample["idle"] for sample in self.data["samples"] if "idle" in sample]
         return statistics.median(shares) if shares else None
 
+    def round_count(self, link: str) -> int:
+        """Rounds that were measured over this kind of link; a run that was ended early has fewer of the last."""
+        return len({round_ for (of, _), rounds in self._samples.items() if of == link for round_ in rounds})
+
     def links(self) -> list[str]:
         return [link for link in self.data["settings"]["links"] if any(key[0] == link for key in self._samples)]
 
@@ -158,7 +162,9 @@ def table(results: Results, *, compared: bool = True) -> str:
             ratios = [number(results.ratio(link, name, other, stream)) for other in (REFERENCE, BASELINE)]
             emphasis = "**" if name in (OURS, ENCRYPTED) else ""
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
-        parts.append(f"**{LINK_TITLES.get(link, link)}**")
+        short = results.round_count(link) < settings["rounds"]
+        note = f" ({results.round_count(link)} rounds)" if short else ""
+        parts.append(f"**{LINK_TITLES.get(link, link)}{note}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     for link in results.links() if compared else ():
         parts.append(_compared(results, link, shown, OURS, results.tunnels()))
