@@ -47,9 +47,10 @@ class Results:
         shares = [sample["idle"] for sample in self.data["samples"] if "idle" in sample]
         return statistics.median(shares) if shares else None
 
-    def round_count(self, link: str) -> int:
-        """Rounds that were measured over this kind of link; a run that was ended early has fewer of the last."""
-        return len({round_ for (of, _), rounds in self._samples.items() if of == link for round_ in rounds})
+    def short(self, link: str) -> list[str]:
+        """The tunnels that have fewer rounds over this kind of link than the run was to have: it was ended early."""
+        return [name for name in self.tunnels()
+                if 0 < len(self._samples.get((link, name), ())) < self.data["settings"]["rounds"]]
 
     def links(self) -> list[str]:
         return [link for link in self.data["settings"]["links"] if any(key[0] == link for key in self._samples)]
@@ -162,9 +163,7 @@ def table(results: Results, *, compared: bool = True) -> str:
             ratios = [number(results.ratio(link, name, other, stream)) for other in (REFERENCE, BASELINE)]
             emphasis = "**" if name in (OURS, ENCRYPTED) else ""
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
-        short = results.round_count(link) < settings["rounds"]
-        note = f" ({results.round_count(link)} rounds)" if short else ""
-        parts.append(f"**{LINK_TITLES.get(link, link)}{note}**")
+        parts.append(f"**{LINK_TITLES.get(link, link)}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
     for link in results.links() if compared else ():
         parts.append(_compared(results, link, shown, OURS, results.tunnels()))
@@ -201,6 +200,10 @@ def _notes(results: Results, congestion: str) -> str:
     idle = results.idle()
     if idle is not None and idle < BUSY_BELOW_IDLE:
         lines.append(f"The machine was busy with other work: only {100 * idle:.0f} % idle between measures.")
+    for link in results.links():
+        if results.short(link):
+            names = ", ".join(map(results.title, results.short(link)))
+            lines.append(f"Fewer rounds, {LINK_TITLES.get(link, link)}: {names}.")
     lossy = _lossy(results, data["settings"]["loss_allowed"])
     if lossy:
         lines.append(f"Lost more than that at every window: {lossy}.")
