@@ -37,6 +37,7 @@ from ..netlink import code_of, netlink
 from .changes import RT_TABLE_MAIN, Firewall, PolicyRule, SourceMark, family_of, reported
 from .dns import NameServers
 from .journal import Journal
+from .store import Store
 
 if TYPE_CHECKING:
     from .config import Config
@@ -120,7 +121,9 @@ class Quick:
             if not tunnel.running:
                 return [*errors, f"SaveConfig: the tunnel has ended by itself; {self.path} is as it was"]
             try:
-                self.running_config(tunnel).write(self.path)
+                store = Store(self.path)
+                with store.locked():  # not while an invitation is half-way into file and tunnel
+                    store.save(self.running_config(tunnel))
             except (FasttunError, OSError) as error:
                 errors.append(f"SaveConfig: {error}")
         return errors
