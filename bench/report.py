@@ -22,7 +22,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 REFERENCE, BASELINE = "veth", "pure-python"
-OURS, ENCRYPTED = "fasttun", "fasttun-wireguard"
+OURS, ENCRYPTED, FAST_PATH = "fasttun", "fasttun-wireguard", "fasttun-fast-path"
 BOTH_WAYS = ("up", "down")
 BUSY_BELOW_IDLE = 0.95
 
@@ -93,14 +93,15 @@ def tcp_keys(congestion: str, streams: int, what: str = "bps") -> tuple[str, ...
     return tuple(f"tcp_{congestion}_{streams}_{direction}_{what}" for direction in BOTH_WAYS)
 
 
+def measured_congestions(results: Results) -> list[str]:
+    """The congestion controls that the kernel had; at least one name, and the first is what tables compare by."""
+    return [name for name, absent in results.data["congestion"].items() if not absent] or ["cubic"]
+
+
 def columns(results: Results) -> list[Column]:
-    """What the table shows; a column that no tunnel has a figure for is left out."""
-    congestions = [name for name, absent in results.data["congestion"].items() if not absent]
-    wanted = [
-        Column(f"TCP {name} {streams}, Gbit/s", tcp_keys(name, streams), 1e9)
-        for name in congestions
-        for streams in (1, 4)
-    ]
+    """What the table shows, TCP by the first congestion control; a column without any figure is left out."""
+    congestion = measured_congestions(results)[0]
+    wanted = [Column(f"TCP {congestion} {streams}, Gbit/s", tcp_keys(congestion, streams), 1e9) for streams in (1, 4)]
     wanted += [
         Column("UDP 64 B, kpps", ("udp_64_pps",), 1e3),
         Column("UDP 1400 B, kpps", ("udp_1400_pps",), 1e3),
@@ -108,9 +109,14 @@ def columns(results: Results) -> list[Column]:
         Column("ping min, µs", ("ping_min_us",)),
         Column("ping avg, µs", ("ping_avg_us",)),
         Column("ping under load, µs", ("ping_loaded_avg_us",)),
-        Column("CPU s/GB", tcp_keys(congestions[0], 1, "cpu_s_per_gb") if congestions else ()),
+        Column("CPU s/GB, processes", tcp_keys(congestion, 1, "cpu_s_per_gb")),
+        Column("CPU s/GB, machine", tcp_keys(congestion, 1, "system_cpu_s_per_gb")),
         Column("RSS, MiB", ("rss_kib",), 1024),
     ]
+    return _with_figures(results, wanted)
+
+
+def _with_figures(results: Results, wanted: Iterable[Column]) -> list[Column]:
     names, links = results.tunnels(), results.links()
     return [
         column
@@ -140,7 +146,7 @@ def table(results: Results, *, compared: bool = True) -> str:
     machine = data["machine"]
     changed = " with changes" if data.get("uncommitted") else ""
     shown = columns(results)
-    congestion = next((name for name, absent in data["congestion"].items() if not absent), "cubic")
+    congestion = measured_congestions(results)[0]
     stream = tcp_keys(congestion, 1)
     parts = [
         f"Measured {data['date'][:10]} on {machine['cores']} cores of {machine['cpu']} "
@@ -165,6 +171,9 @@ def table(results: Results, *, compared: bool = True) -> str:
             rows.append([f"{emphasis}{results.title(name)}{emphasis}", *cells, *ratios])
         parts.append(f"**{LINK_TITLES.get(link, link)}**")
         parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    if compared:
+        parts += _controls(results)
+        parts += _asked(results)
     for link in results.links() if compared else ():
         parts.append(_compared(results, link, shown, OURS, results.tunnels()))
         if ENCRYPTED in results.tunnels():
@@ -177,7 +186,7 @@ def table(results: Results, *, compared: bool = True) -> str:
 def _compared(results: Results, link: str, shown: Sequence[Column], ours: str, others: Sequence[str]) -> str:
     """Our figure over each other tunnel's, a median of the rounds' own ratios."""
     chosen = [column for column in shown if column.head != "ping min, µs"]
-    rows = [[f"{results.title(ours)}: its figure", *(column.head.split(",")[0] for column in chosen)]]
+    rows = [[f"{results.title(ours)}: its figure", *(_short(column.head) for column in chosen)]]
     rows.append(["---", *("---:" for _ in chosen)])
     for name in others:
         ratios = [results.ratio(link, ours, name, column.keys) for column in chosen]
@@ -187,14 +196,104 @@ def _compared(results: Results, link: str, shown: Sequence[Column], ours: str, o
     return f"**{results.title(ours)} as ratios, {kind}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _short(head: str) -> str:
+    """A column's head without its unit, but whole where the words after the comma tell two columns apart."""
+    return head if head.startswith("CPU") else head.split(",")[0]
+
+
+def _controls(results: Results) -> list[str]:
+    """One table more when several congestion controls were measured: they beside each other, both links."""
+    names = measured_congestions(results)
+    wanted = [
+        Column(f"{name} {streams}", tcp_keys(name, streams), 1e9) for streams in (1, 4) for name in names
+    ]
+    shown = _with_figures(results, wanted) if len(names) > 1 else []
+    if not shown:
+        return []
+    heads = ["", *(f"{column.head}, {link}" for link in results.links() for column in shown)]
+    rows = [heads, ["---", *("---:" for _ in heads[1:])]]
+    for name in results.tunnels():
+        figures = [results.median(link, name, column.keys) for link in results.links() for column in shown]
+        if any(figure is not None for figure in figures):
+            rows.append([results.title(name), *(number(None if one is None else one / 1e9) for one in figures)])
+    return ["**TCP by congestion control and streams, Gbit/s**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One goal: `ours` : `reference` over `link`, or a figure of `ours` alone (reference None, over divisor)."""
+
+    goal: str
+    keys: tuple[str, ...]
+    ours: str
+    reference: str | None
+    limit: float
+    at_least: bool = True
+    link: str = "whole"
+    divisor: float = 1.0
+    fast_path: bool = False  # the fast path is measured by this goal too
+
+
+def goals(congestion: str) -> list[Asked]:
+    """What the project set out for, in the order of the table that asked for it."""
+    stream, cpu = tcp_keys(congestion, 1), tcp_keys(congestion, 1, "cpu_s_per_gb")
+    ping = ("ping_avg_us",)
+    one_call, split = "fasttun-one-call", "link without UDP segmentation"
+    return [
+        Asked("TCP 1 stream over lametun (Go)", stream, OURS, "lametun", 15, fast_path=True),
+        Asked("TCP 1 stream over wireguard-go of Debian", stream, OURS, "wireguard-go", 12, fast_path=True),
+        Asked("TCP 1 stream over wireguard-go of 2025", stream, OURS, "wireguard-go-2025", 3.5, fast_path=True),
+        Asked("TCP 1 stream over kernel VXLAN", stream, OURS, "vxlan", 0.75, fast_path=True),
+        Asked("64-byte UDP from iperf3 over one packet a call", ("iperf_udp_64_pps",), OURS, one_call, 1.6),
+        Asked("64-byte UDP by sendmmsg over kernel VXLAN", ("udp_64_pps",), OURS, "vxlan", 2),
+        Asked(f"TCP 1 stream over wireguard-go of 2025, {split}", stream, OURS, "wireguard-go-2025", 3, link="split",
+              fast_path=True),
+        Asked("ping, idle, over one packet a call", ping, OURS, one_call, 0.6, at_least=False, fast_path=True),
+        Asked("ping, idle, with --busy-poll over kernel VXLAN", ping, "fasttun-busy-poll", "vxlan", 4, at_least=False,
+              fast_path=True),
+        Asked("CPU seconds per GB (processes) over one packet a call", cpu, OURS, one_call, 0.1, at_least=False),
+        Asked("memory, MiB", ("rss_kib",), OURS, None, 64, at_least=False, divisor=1024),
+    ]  # fmt: skip
+
+
+def _asked(results: Results) -> list[str]:
+    """Each goal beside what was measured; ratios within rounds. Nothing when none of it was measured."""
+    with_fast_path = FAST_PATH in results.tunnels()
+    rows = [["", "asked", "fasttun", *(["fasttun --fast-path"] if with_fast_path else [])]]
+    rows.append(["---", *("---:" for _ in rows[0][1:])])
+    for goal in goals(measured_congestions(results)[0]):
+        measured = [_reached(results, goal, goal.ours)]
+        if with_fast_path:
+            measured.append(_reached(results, goal, FAST_PATH) if goal.fast_path else "")
+        if measured[0] != number(None):
+            bound = f"{'≥' if goal.at_least else '≤'} {goal.limit:g}{'×' if goal.reference else ''}"
+            rows.append([goal.goal, bound, *measured])
+    if len(rows) == 2:
+        return []
+    return ["**Asked and measured**", "\n".join(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def _reached(results: Results, goal: Asked, ours: str) -> str:
+    """The figure with whether it meets the goal, as the exact figure says and not the rounded one."""
+    if goal.reference is None:
+        value = results.median(goal.link, ours, goal.keys)
+        value = value / goal.divisor if value is not None else None
+    else:
+        value = results.ratio(goal.link, ours, goal.reference, goal.keys)
+    if value is None:
+        return number(None)
+    met = value >= goal.limit if goal.at_least else value <= goal.limit
+    return f"{number(value)}{'×' if goal.reference else ''}, {'met' if met else 'not met'}"
+
+
 def _notes(results: Results, congestion: str) -> str:
     data = results.data
     loss = 100 * data["settings"]["loss_allowed"]
     lines = [
         f"TCP: mean of both directions; × is the ratio of one {congestion} stream, taken within each round. "
         f"UDP: the highest rate with a loss of at most {loss:g} %, closed loop; iperf3 -u: what arrives of an "
-        "open loop. CPU: both ends' processes, per GB of one TCP stream, without what the kernel does on "
-        "nobody's account. "
+        "open loop. CPU, per GB of one TCP stream: processes are both ends of the tunnel, without what the kernel does "
+        "on nobody's account; machine, where given, is all busy time of all cores, the generator's included. "
         "The spread between runs is about a quarter: compare rows, not tables of two days."
     ]
     idle = results.idle()
@@ -247,38 +346,64 @@ class Palette:
 LIGHT = Palette("#ffffff", "#1f2328", "#59636e", "#0969da", "#80b8f2", "#8c959f", "#d1d5da")
 DARK = Palette("#0d1117", "#f0f6fc", "#9198a1", "#4493f8", "#1f4e8c", "#8b949e", "#3d444d")
 
-WIDTH, LABELS, RIGHT, BAR, GAP, ROW = 860, 230, 92, 11, 2, 34
+WIDTH, MARGIN, LABELS, RIGHT = 580, 14, 262, 100  # narrow, that text stays legible on a phone
+ROW, BAR, THIN = 25, 11, 4  # a row's height; the bar of the first kind of link, that of the second
 FONT = "-apple-system,BlinkMacSystemFont,'Segoe UI','Noto Sans',Helvetica,Arial,sans-serif"
 
 
-def picture(results: Results, palette: Palette) -> str:
-    """An SVG: panels of horizontal bars, longest first, the two kinds of link beside each other."""
-    links = results.links()
-    congestion = next((name for name, absent in results.data["congestion"].items() if not absent), "cubic")
-    panels = [
-        (f"TCP, one stream ({congestion})", "Gbit/s", tcp_keys(congestion, 1), 1e9),
-        ("UDP, 64 bytes, without loss", "thousand packets a second", ("udp_64_pps",), 1e3),
+@dataclass(frozen=True)
+class Panel:
+    """One quantity of the picture: a figure in the JSON over `divisor` is in `unit`."""
+
+    title: str
+    unit: str
+    keys: tuple[str, ...]
+    divisor: float
+    higher_is_better: bool
+
+
+def panels(results: Results) -> list[Panel]:
+    """Throughput, small packets, latency, CPU: of the whole machine where the JSON has it for every bar."""
+    congestion = measured_congestions(results)[0]
+    system = tcp_keys(congestion, 1, "system_cpu_s_per_gb")
+    cpu = ("CPU of the whole machine", system)
+    if not any(results.rounds(link, name, system) for link in results.links() for name in results.tunnels()):
+        cpu = ("CPU of both ends' processes", tcp_keys(congestion, 1, "cpu_s_per_gb"))
+    return [
+        Panel(f"TCP, one stream ({congestion})", "Gbit/s", tcp_keys(congestion, 1), 1e9, True),
+        Panel("UDP, 64 bytes, without loss", "kpps", ("udp_64_pps",), 1e3, True),
+        Panel("Ping, idle, average", "µs", ("ping_avg_us",), 1.0, False),
+        Panel(cpu[0], "s/GB", cpu[1], 1.0, False),
     ]
+
+
+def picture(results: Results, palette: Palette) -> str:
+    """An SVG: four panels of horizontal bars from zero, best first; a thin second bar for the second kind of link."""
+    links = results.links()
     body: list[str] = []
     top = 34.0
-    _text(body, 16, 24, "fasttun and its peers, both ends on one machine", palette.text, size=16, weight=600)
+    _text(body, MARGIN, 27, "fasttun and its peers, both ends on one machine", palette.text, size=18, weight=600)
     if len(links) > 1:
         top = _legend(body, top, links, palette)
-    for title, unit, keys, divisor in panels:
-        top = _panel(body, top + 18, results, links, palette, f"{title}, {unit}", keys, divisor)
+    shown = panels(results)
+    for panel in shown:
+        top = _panel(body, top + 20, results, panel, palette)
     machine = results.data["machine"]
-    source = (
+    top += 24
+    for line in (
+        "All scales begin at zero. –: not measured.",
         f"{results.data['date'][:10]}, Linux {results.data['kernel']}, "
-        f"{machine['cores']} cores of {machine['cpu']}, "
-        f"medians of {results.data['settings']['rounds']}"
-    )
-    _text(body, 16, top + 20, source, palette.faint, size=11)
-    height = round(top + 34)
+        f"medians of {results.data['settings']['rounds']}, {machine['cores']} cores",
+        str(machine["cpu"]),
+    ):
+        _text(body, MARGIN, top, line, palette.faint, size=13)
+        top += 18
+    height = round(top)
     return "\n".join(
         [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '
             f'height="{height}" role="img" font-family="{escape(FONT)}">',
-            f"<title>{escape(_summary(results, panels, links))}</title>",
+            f"<title>{escape(_summary(results, shown, links))}</title>",
             f'<rect width="{WIDTH}" height="{height}" rx="6" fill="{palette.background}"/>',
             *body,
             "</svg>\n",
@@ -286,70 +411,65 @@ def picture(results: Results, palette: Palette) -> str:
     )
 
 
-def _summary(results: Results, panels: Iterable[tuple[str, str, tuple[str, ...], float]], links: list[str]) -> str:
+def _summary(results: Results, shown: Iterable[Panel], links: list[str]) -> str:
     """The picture in words, for those who do not see it."""
     said = []
-    for title, unit, keys, divisor in panels:
-        figures = [(name, results.median(links[0], name, keys)) for name in results.tunnels()] if links else []
-        listed = ", ".join(f"{results.title(name)} {number(value / divisor)}" for name, value in figures if value)
-        said.append(f"{title}, {unit}: {listed}.")
+    for panel in shown:
+        figures = [(name, results.median(links[0], name, panel.keys)) for name in results.tunnels()] if links else []
+        listed = ", ".join(f"{results.title(name)} {number(value / panel.divisor)}" for name, value in figures if value)
+        said.append(f"{panel.title}, {panel.unit}: {listed}.")
     return " ".join(said)
 
 
 def _legend(body: list[str], top: float, links: list[str], palette: Palette) -> float:
     words = {"whole": "link carries UDP segmentation frames whole", "split": "link without UDP segmentation"}
-    left = 16.0
-    for link, fill in zip(links, (palette.other, palette.other_second), strict=False):
-        body.append(f'<rect x="{left:g}" y="{top + 3:g}" width="11" height="11" rx="2" fill="{fill}"/>')
-        _text(body, left + 17, top + 13, words.get(link, link), palette.faint, size=12)
-        left += 300
-    return top + 16
+    for link, fill, thick in zip(links, (palette.other, palette.other_second), (BAR, THIN), strict=False):
+        top += 20
+        _bar(body, MARGIN, top - 5 - thick / 2, 24, thick, fill)
+        _text(body, MARGIN + 34, top, words.get(link, link), palette.faint, size=14)
+    return top
 
 
-def _panel(
-    body: list[str],
-    top: float,
-    results: Results,
-    links: list[str],
-    palette: Palette,
-    title: str,
-    keys: Sequence[str],
-    divisor: float,
-) -> float:
-    rows = []
+def _panel(body: list[str], top: float, results: Results, panel: Panel, palette: Palette) -> float:
+    links = results.links()
+    rows: list[tuple[str, list[float | None]]] = []
     for name in results.tunnels():
-        if name == REFERENCE:  # several times the longest bar: it would leave no room for the others
-            continue
-        values = [results.median(link, name, keys) for link in links]
-        if any(value is not None for value in values):
-            rows.append((name, [value / divisor if value is not None else None for value in values]))
-    if not rows:
-        return top - 18
-    rows.sort(key=lambda row: -max(value for value in row[1] if value is not None))
-    largest = max(value for _, values in rows for value in values if value is not None) or 1.0
-    _text(body, 16, top + 14, title, palette.text, size=13, weight=600)
-    bare = results.median(links[0], REFERENCE, keys)
-    if bare is not None:
-        beside = f"{results.title(REFERENCE)}: {number(bare / divisor)}"
-        _text(body, WIDTH - 16, top + 14, beside, palette.faint, size=12, anchor="end")
-    top += 24
-    for name, values in rows:
+        medians = [results.median(link, name, panel.keys) for link in links]
+        rows.append((name, [value / panel.divisor if value is not None else None for value in medians]))
+    known = [value for _, values in rows for value in values if value is not None]
+    largest = max(known, default=0.0) or 1.0
+    sign = -1 if panel.higher_is_better else 1
+
+    def best_first(row: tuple[str, list[float | None]]) -> tuple[bool, float]:
+        first = next((value for value in row[1] if value is not None), None)
+        return first is None, sign * (first or 0.0)
+
+    _text(body, MARGIN, top + 16, f"{panel.title}, {panel.unit}", palette.text, size=16, weight=600)
+    better = "higher is better" if panel.higher_is_better else "lower is better"
+    _text(body, WIDTH - MARGIN, top + 16, better, palette.faint, size=13, anchor="end")
+    top += 26
+    for name, values in sorted(rows, key=best_first):
         ours = name.startswith("fasttun")
         fills = (palette.ours, palette.ours_second) if ours else (palette.other, palette.other_second)
-        thick = len(values) * BAR + (len(values) - 1) * GAP
         _text(
-            body, LABELS - 10, top + ROW / 2 + 4, results.title(name), palette.text, anchor="end",
-            weight=600 if name == "fasttun" else 400,
+            body, LABELS - 10, top + ROW / 2 + 4, results.title(name), palette.ours if ours else palette.text,
+            size=14, weight=600 if ours else 400, anchor="end",
         )  # fmt: skip
-        y = top + (ROW - thick) / 2
-        for value, fill in zip(values, fills, strict=False):
+        y, end = top + (ROW - BAR - THIN - 1) / 2, float(LABELS)
+        for value, fill, thick in zip(values, fills, (BAR, THIN), strict=False):
             if value is not None:
                 length = max(1.5, (WIDTH - LABELS - RIGHT) * value / largest)
-                body.append(f'<rect x="{LABELS}" y="{y:g}" width="{length:.1f}" height="{BAR}" rx="2" fill="{fill}"/>')
-                _text(body, LABELS + length + 6, y + BAR - 1.5, number(value), palette.faint, size=11)
-            y += BAR + GAP
+                end = max(end, LABELS + length)
+                _bar(body, LABELS, y, length, thick, fill)
+            y += thick + 1
+        figures = " · ".join(map(number, values)) if any(value is not None for value in values) else "–"
+        _text(body, end + 6, top + ROW / 2 + 4, figures, palette.text, size=14)
         top += ROW
     return top
+
+
+def _bar(body: list[str], x: float, y: float, width: float, height: float, fill: str) -> None:
+    body.append(f'<rect x="{x:g}" y="{y:g}" width="{width:.1f}" height="{height:g}" rx="2" fill="{fill}"/>')
 
 
 def _text(

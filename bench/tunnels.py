@@ -167,6 +167,21 @@ class Fasttun(Tunnel):
             )
 
 
+class FasttunFastPath(Fasttun):
+    """The plain mode with the kernel's fast path, where the installed fasttun has it."""
+
+    def __init__(self) -> None:
+        super().__init__("fasttun-fast-path", "fasttun --fast-path", "--fast-path")
+
+    def missing(self) -> str | None:
+        if reason := super().missing():
+            return reason
+        done = subprocess.run(
+            [sys.executable, "-m", "fasttun", "--help"], capture_output=True, text=True, check=False
+        )
+        return None if "--fast-path" in done.stdout else "this fasttun has no --fast-path"
+
+
 class FasttunWireGuard(Fasttun):
     """The same two commands with keys: WireGuard's protocol, as wireguard-go speaks it."""
 
@@ -349,6 +364,7 @@ def all_tunnels(peer_binaries: Sequence[str] = ()) -> list[Tunnel]:
         BareLink(),
         Vxlan(),
         Fasttun("fasttun", "fasttun"),
+        FasttunFastPath(),
         Fasttun("fasttun-busy-poll", "fasttun --busy-poll 50", "--busy-poll", "50", measures=("ping", "udp")),
         Fasttun("fasttun-no-offload", "fasttun without offloads", *NO_OFFLOADS),
         Fasttun("fasttun-one-call", "fasttun, one packet a call", "--no-batch", *NO_OFFLOADS),
