@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 
 export PATH := $(PATH):/usr/sbin:/sbin
 
-.PHONY: help build test lint man demo bench bench-quick sanitize sdist dist clean
+.PHONY: help build test lint man docs demo bench bench-quick sanitize sdist dist clean
 
 help:
 	@echo "make demo         show fasttun at work between two network namespaces (needs root)"
@@ -15,6 +15,7 @@ help:
 	@echo "make build        .venv and the extension, ready to use and to change"
 	@echo "make lint         ruff, mypy, cython-lint, stubtest"
 	@echo "make man          the manual page, from the source of --help: build/man/fasttun.1"
+	@echo "make docs         the documentation site: build/site/index.html"
 	@echo "make bench        every tunnel side by side; writes the README's table (needs root, takes long)"
 	@echo "make bench-quick  the same in short; prints the table, writes nothing but build/"
 	@echo "make sanitize     the engine's tests under AddressSanitizer and UndefinedBehaviorSanitizer"
@@ -36,6 +37,11 @@ man:
 	@scripts/bootstrap.sh build
 	@mkdir -p build/man
 	@$(PYTHON) -m fasttun.cli.manual > build/man/fasttun.1
+
+# The theme tells of its successor at each start; the variable is its own switch for that.
+docs:
+	@scripts/bootstrap.sh test
+	@NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --quiet --strict
 
 # Tests marked `alone` compare speeds, so they run first, with nothing beside them; those marked `waits` sleep.
 # All parts run even after a failure. Status 5 is pytest's for nothing collected.

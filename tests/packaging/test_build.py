@@ -109,7 +109,7 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist: Path, source: Path) ->
     tree = {path.relative_to(source).as_posix() for path in source.rglob("*") if path.is_file()}
     folders = ("bench/", "contrib/", "docs/", "examples/", "fasttun/", "packaging/", "scripts/", "tests/", ".ci/")
     kept = {name for name in tree if name.startswith(folders)}
-    kept |= {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    kept |= {"CHANGELOG.md", "LICENSE", "Makefile", "README.md", "mkdocs.yml", "pyproject.toml", "setup.py"}
     assert not kept - names, "in the tree, not in the sdist"
     generated = ("fasttun/_core.c", "fasttun/_testing.c")
     assert not [name for name in names if name.endswith((".so", ".o", ".pyc")) or name in generated]
