@@ -44,6 +44,7 @@ from fasttun._native.segment cimport (
 )
 from fasttun._native.stun cimport *
 from fasttun._native.system cimport *
+from fasttun._native.unfinished cimport unfinished_packet
 from fasttun._native.sessions cimport *
 from fasttun._native.vnet cimport (
     VIRTIO_NET_HDR_GSO_NONE, VNET_HEADER_LENGTH, vnet_header_t,
@@ -192,6 +193,8 @@ ctypedef struct worker_t:
     target_t target
     bint tun_ready
     # inbound
+    bint unfinished
+    uint32_t mtu
     uint8_t *receive_arena
     mmsghdr *receive_messages
     iovec *receive_vectors
@@ -276,26 +279,30 @@ cdef inline void send_control(worker_t *w, const sockaddr_t *to, const address_t
     """One small datagram beside the bursts; lost when the socket has no room, as any datagram may be."""
     cdef const void *name = NULL
     cdef uint32_t name_length = 0
+    cdef endpoint_t remote
     if not w.connected:
         name = <const void *>to.bytes
         name_length = to.length
     if send_from(w, data, length, name, name_length, local) < 0:
         count_error(&w.counters, errno)
-    else:
-        w.counters.control_out += 1
+        return
+    w.counters.control_out += 1
+    if w.tap != NULL and endpoint_from_sockaddr(&remote, to.bytes, to.length):
+        capture_outer(w.tap, True, data, length, local, w.port, &remote)
 
 
 cdef void send_check(worker_t *w, const check_t *check) noexcept nogil:
-    cdef uint8_t[20] request
-    send_control(w, &check.to, &check.local, request, stun_request(request, check.transaction))
+    cdef uint8_t[24] request
+    send_control(w, &check.to, &check.local, request, stun_request(request, check.transaction, w.table.unfinished))
 
 
 cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, const endpoint_t *from_,
                            const address_t *local, uint64_t now) noexcept nogil:
     """A STUN datagram: answers a request, takes a success as proof that its sender receives from here."""
     cdef table_t *t = w.table
-    cdef uint8_t[44] response
+    cdef uint8_t[48] response
     cdef int kind = stun_type(data, length)
+    cdef bint unfinished = kind != 0 and t.unfinished and stun_unfinished(data, length)
     cdef bint answer = False
     cdef bint news = False
     cdef int32_t peer
@@ -318,14 +325,15 @@ cdef void binding_datagram(worker_t *w, const uint8_t *data, size_t length, cons
         if t.peer_count > 0 and t.greeting_set and same_endpoint(&t.peers[0].endpoint, from_) \
                 and memcmp(data + 8, t.greeting, TRANSACTION_SIZE) == 0:
             heard_from(t, 0, FRAMING_RAW, now)
+            t.peers[0].unfinished = unfinished
             if stun_mapped(data, length, &mapped):
-                news = table_event(t, EVENT_GREETED, &mapped, NULL, 0)
+                news = table_event(t, EVENT_GREETED, &mapped, NULL, round_trip_us(t))
     else:
-        check_answered(t, from_, local, data + 8, now, &news)
+        check_answered(t, from_, local, data + 8, unfinished, now, &news)
     pthread_mutex_unlock(&t.lock)
     w.news = w.news or news
     if answer and endpoint_to_sockaddr(from_, w.family, &to):
-        send_control(w, &to, local, response, stun_success(response, data, from_))
+        send_control(w, &to, local, response, stun_success(response, data, from_, unfinished))
 
 
 # --------------------------------------------------------------------------------------- outbound
@@ -527,6 +535,7 @@ cdef int send_singly(worker_t *w, int index) noexcept nogil:
             if error != ECONNREFUSED and error != EINTR:
                 break
         if sent >= 0:
+            count_burst(&w.counters.outbound.bursts_out, 1)
             w.counters.outbound.packets_out += 1
             w.counters.outbound.bytes_out += length - group.head
             if w.tap != NULL:
@@ -602,16 +611,20 @@ cdef void lose_source(worker_t *w, const address_t *lost) noexcept nogil:
 cdef int flush(worker_t *w) noexcept nogil:
     """Sends what waits. 0: all gone; 1: the socket is full, the rest waits; -errno: the socket is dead."""
     cdef int sent, error, i, result
+    cdef uint32_t packets
     cdef int refused = 0
     while w.message_next < w.message_count:
         w.counters.calls[CALL_SENDMMSG] += 1
         sent = sendmmsg(w.udp_fd, w.messages + w.message_next, w.message_count - w.message_next, MSG_DONTWAIT)
         if sent > 0:
+            packets = 0
             for i in range(w.message_next, w.message_next + sent):
-                w.counters.outbound.packets_out += w.groups[i].packets
+                packets += w.groups[i].packets
                 w.counters.outbound.bytes_out += w.groups[i].inner_bytes
                 if w.tap != NULL:
                     tap_message(w, i)
+            w.counters.outbound.packets_out += packets
+            count_burst(&w.counters.outbound.bursts_out, packets)
             w.message_next += sent
             refused = 0
             continue
@@ -710,6 +723,7 @@ cdef int read_packets(worker_t *w, uint64_t now) noexcept nogil:
         length = read(w.tun_fd, packet, w.slot - HEAD_ROOM - TAIL_ROOM)
         if length < 0 or (length == 0 and w.tun_ends):
             return read_failed(w, length)
+        count_burst(&w.counters.outbound.bursts_in, 1)
         packet_read(w, packet, length, now)
     return 0
 
@@ -725,6 +739,7 @@ cdef int read_socket(worker_t *w, uint64_t now) noexcept nogil:
     count = recvmmsg(w.tun_fd, w.writes, w.burst, MSG_DONTWAIT, NULL)
     if count <= 0:
         return read_failed(w, count)
+    count_burst(&w.counters.outbound.bursts_in, count)
     for i in range(count):
         if w.writes[i].msg_len == 0 and w.tun_ends:
             return read_failed(w, 0)
@@ -735,6 +750,7 @@ cdef int read_socket(worker_t *w, uint64_t now) noexcept nogil:
 
 cdef void frame_failed(worker_t *w, const vnet_header_t *vnet, size_t length, int reason) noexcept nogil:
     """Counts a frame that is no packet, as one."""
+    count_burst(&w.counters.outbound.bursts_in, 1)
     w.counters.outbound.packets_in += 1
     w.counters.outbound.bytes_in += length
     w.counters.outbound.drops[reason] += 1
@@ -788,6 +804,7 @@ cdef int read_frames(worker_t *w, uint64_t now) noexcept nogil:
             frame_failed(w, &vnet, length, DROP_OUT_MALFORMED)
             continue
         size = (segments.count - 1) * segments.packet_length + segments.last_length
+        count_burst(&w.counters.outbound.bursts_in, segments.count)
         w.counters.outbound.packets_in += segments.count
         w.counters.outbound.bytes_in += size
         data = w.arena + used
@@ -934,6 +951,7 @@ cdef int write_failed(worker_t *w, uint32_t packets) noexcept nogil:
 
 cdef int write_one(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
     if write_packet(w, packet, length) == <ssize_t>length:
+        count_burst(&w.counters.inbound.bursts_out, 1)
         w.counters.inbound.packets_out += 1
         w.counters.inbound.bytes_out += length
         return 0
@@ -979,6 +997,7 @@ cdef int write_frames(worker_t *w) noexcept nogil:
             continue
         w.counters.calls[CALL_WRITE] += 1
         if writev(w.tun_fd, frame.iov, frame.iov_count) == <ssize_t>(VNET_HEADER_LENGTH + frame.length):
+            count_burst(&w.counters.inbound.bursts_out, frame.packets)
             w.counters.inbound.packets_out += frame.packets
             w.counters.inbound.bytes_out += frame.packet_bytes
             continue
@@ -1003,6 +1022,7 @@ cdef int write_socket(worker_t *w) noexcept nogil:
         w.counters.calls[CALL_SENDMMSG] += 1
         sent = sendmmsg(w.tun_fd, w.writes + next_, w.write_count - next_, MSG_DONTWAIT | MSG_NOSIGNAL)
         if sent > 0:
+            count_burst(&w.counters.inbound.bursts_out, sent)
             w.counters.inbound.packets_out += sent
             for i in range(next_, next_ + sent):
                 w.counters.inbound.bytes_out += w.writes[i].msg_len
@@ -1040,11 +1060,48 @@ cdef int deliver(worker_t *w, uint8_t *packet, uint32_t length) noexcept nogil:
     return 0
 
 
+cdef int finish(worker_t *w, vnet_header_t *vnet, uint8_t *packet, uint32_t length) noexcept nogil:
+    """Hands on a packet that a fast path has sent unfinished, as one packet or, if it is a frame, as its packets."""
+    cdef coalesced_frame_t frame
+    cdef iovec[2] vectors
+    cdef uint32_t more = 0
+    cdef int result = 0
+    if vnet.gso_size:
+        more = (length - vnet.hdr_len - 1) // vnet.gso_size
+        w.counters.inbound.packets_in += more
+        w.counters.inbound.bytes_in += more * vnet.hdr_len
+    if w.tap != NULL:
+        capture_inner(w.tap, False, packet, length)
+    frame.iov = vectors
+    frame.iov_count = 2
+    vectors[0].iov_base = vnet
+    vectors[0].iov_len = VNET_HEADER_LENGTH
+    vectors[1].iov_base = packet
+    vectors[1].iov_len = length
+    frame.vnet = vnet[0]
+    frame.packets = 1 + more
+    if not w.vnet:
+        return write_split(w, &frame)
+    if w.coalescer.packet_count:  # what came before goes first
+        result = write_frames(w)
+        if result < 0:
+            w.counters.inbound.drops[DROP_TUN_DOWN] += 1 + more
+            return result
+    w.counters.calls[CALL_WRITE] += 1
+    if writev(w.tun_fd, vectors, 2) == <ssize_t>(VNET_HEADER_LENGTH + length):
+        count_burst(&w.counters.inbound.bursts_out, 1 + more)
+        w.counters.inbound.packets_out += 1 + more
+        w.counters.inbound.bytes_out += length + more * vnet.hdr_len
+        return 0
+    return write_failed(w, 1 + more)
+
+
 cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *from_, const address_t *local,
               uint64_t now) noexcept nogil:
     """One datagram, by what its first bytes say it is. >= 0, or -errno when the TUN is dead."""
     cdef int kind = datagram_kind(data, length)
     cdef int version
+    cdef vnet_header_t vnet
     if kind == KIND_STUN:
         binding_datagram(w, data, length, from_, local, now)
         return 0
@@ -1060,6 +1117,8 @@ cdef int take(worker_t *w, uint8_t *data, uint32_t length, const endpoint_t *fro
     if not may_enter(w, from_, local, data, version, FRAMING_PI if kind == KIND_PI else FRAMING_RAW, length,
                      now):
         return 0
+    if w.unfinished and unfinished_packet(data, length, w.mtu, &vnet):
+        return finish(w, &vnet, data, length)
     return deliver(w, data, length)
 
 
@@ -1090,6 +1149,7 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
     cdef address_t local
     cdef uint8_t *data
     cdef uint32_t length, size, step
+    cdef uint32_t datagrams = 0
     cdef int i, count, error
     cdef int result = 0
     for i in range(w.receive):
@@ -1127,8 +1187,10 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             w.counters.inbound.packets_in += 1
             w.counters.inbound.bytes_in += length
             w.counters.inbound.drops[DROP_OVERSIZED if header.msg_flags & MSG_TRUNC else DROP_IN_MALFORMED] += 1
+            datagrams += 1
             continue
         size = read_controls(header, length, &local)
+        datagrams += (length + size - 1) // size
         if w.sessions != NULL:
             w.sealing.senders[i] = from_
             w.sealing.locals[i] = local
@@ -1146,6 +1208,8 @@ cdef int inbound_burst(worker_t *w) noexcept nogil:
             length -= step
         if result < 0:
             break
+    if datagrams:
+        count_burst(&w.counters.inbound.bursts_in, datagrams)
     if w.sessions != NULL:
         if result >= 0:
             result = open_pending(w)
@@ -1272,7 +1336,8 @@ OUTBOUND_DROPS = ("malformed", "no_peer", "too_big", "send_failed", "unsent", "n
 INBOUND_DROPS = ("malformed", "oversized", "stranger", "martian", "unproven", "table_full", "tun_down",
                  "tun_full", "tun_refused", "unknown_index", "expired", "replayed", "forged", "not_allowed")
 CALL_NAMES = ("read", "write", "sendmmsg", "recvmmsg", "poll")
-EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload"}
+EVENT_NAMES = {EVENT_PEER: "peer", EVENT_MOVED: "moved", EVENT_GREETED: "greeted", EVENT_OFFLOAD: "offload",
+               EVENT_FAST_PATH: "fast-path"}
 OFFLOAD_NAMES = {OFFLOAD_UDP_GSO: "udp-gso", OFFLOAD_TUN: "tun"}
 SIDES = {"source": SIDE_SOURCE, "destination": SIDE_DESTINATION}
 FRAMING_CODES = {"auto": FRAMING_AUTO, "raw": FRAMING_RAW, "pi": FRAMING_PI}
@@ -1325,14 +1390,16 @@ cdef class PeerTable:
     family: of the UDP sockets. fixed: one configured peer, set by `set_server`, nothing is learned.
     allow: outer networks (`ipaddress`) that may send; own: inner addresses that no peer may have.
     expiry_s: silence after which a peer is forgotten. patience_s: how long an owner may take to answer
-    before a claimant is asked. Addresses and endpoints are `ipaddress` objects and (host, port, scope_id).
+    before a claimant is asked. unfinished: tell peers that ask that this side takes unfinished packets (see
+    `Engine`), and learn it of them. Addresses and endpoints are `ipaddress` objects and (host, port, scope_id).
     """
 
     cdef table_t *t
     cdef readonly int notify_fd
 
     def __cinit__(self, *, int family=AF_INET6, bint fixed=False, str framing="auto", allow=(), own=(),
-                  double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192):
+                  double expiry_s=180.0, double patience_s=1.0, int peers=1024, int addresses=8192,
+                  bint unfinished=False):
         cdef int i
         self.notify_fd = -1
         if not 0 < peers <= 1 << 20 or not 0 < addresses <= 1 << 20:
@@ -1345,6 +1412,7 @@ cdef class PeerTable:
         pthread_mutex_init(&self.t.lock, NULL)
         self.t.family = family
         self.t.fixed = fixed
+        self.t.unfinished = unfinished
         self.t.framing = FRAMING_CODES[framing]
         self.t.expiry_ns = <uint64_t>(expiry_s * 1e9)
         self.t.patience_ns = <uint64_t>(patience_s * 1e9)
@@ -1418,6 +1486,7 @@ cdef class PeerTable:
             elif not same_endpoint(&self.t.peers[0].endpoint, &endpoint):
                 self.t.peers[0].framing = FRAMING_AUTO
                 self.t.peers[0].heard_ns = 0
+                self.t.peers[0].unfinished = False
             self.t.peers[0].endpoint = endpoint
             self.t.peers[0].address = address
         finally:
@@ -1430,7 +1499,33 @@ cdef class PeerTable:
         self.acquire()
         memcpy(self.t.greeting, <const char *>transaction, TRANSACTION_SIZE)
         self.t.greeting_set = True
+        self.t.greeting_ns = precise_ns()
         self.release()
+
+    def account(self, endpoint, *, unsigned long long inbound_packets, unsigned long long inbound_bytes,
+                unsigned long long outbound_packets, unsigned long long outbound_bytes, unsigned long long heard_ns):
+        """Adds packets that passed outside the loop to a peer. heard_ns: of the last inbound one, 0 for none.
+
+        False when there is no such peer.
+        """
+        cdef endpoint_t value
+        cdef int32_t peer
+        set_endpoint_value(&value, endpoint)
+        self.acquire()
+        if self.t.fixed:
+            peer = 0 if self.t.peer_count and same_endpoint(&self.t.peers[0].endpoint, &value) else -1
+        else:
+            peer = find_peer(self.t, &value)
+        if peer >= 0:
+            self.t.peers[peer].inbound_packets += inbound_packets
+            self.t.peers[peer].inbound_bytes += inbound_bytes
+            self.t.peers[peer].outbound_packets += outbound_packets
+            self.t.peers[peer].outbound_bytes += outbound_bytes
+            if heard_ns > self.t.peers[peer].heard_ns:
+                self.t.peers[peer].heard_ns = heard_ns
+                self.t.peers[peer].checks = 0
+        self.release()
+        return peer >= 0
 
     def expire(self):
         """Forgets the peers that have been silent for longer than the expiry; returns how many."""
@@ -1441,8 +1536,15 @@ cdef class PeerTable:
         return removed
 
     def peers(self):
-        """A list of dicts, one a peer, by age in the table; `silent_s` is None before the first datagram."""
+        """A list of dicts, one a peer, by age in the table; `silent_s` is None before the first datagram.
+
+        local: the address of this host that the peer sends to, if known. question: a Binding request to it, whose
+        answer says whether it takes unfinished packets; None for the fixed peer, which is greeted.
+        """
         cdef table_t *t = self.t
+        cdef uint8_t[24] request
+        cdef uint8_t[12] transaction
+        cdef uint64_t tag
         cdef int32_t peer_count = 1 if t.fixed else t.peer_capacity
         cdef int32_t entry_count = 0 if t.fixed else t.entry_capacity
         cdef int32_t i
@@ -1469,13 +1571,23 @@ cdef class PeerTable:
                     "endpoint": endpoint_value(&peer.endpoint),
                     "framing": FRAMING_NAMES[t.framing or peer.framing],
                     "addresses": [],
+                    "question": None,
+                    "unfinished": bool(peer.unfinished),
+                    "local": unpacked(&peer.local) if is_known(&peer.local) else None,
                     "inbound_packets": peer.inbound_packets, "inbound_bytes": peer.inbound_bytes,
                     "outbound_packets": peer.outbound_packets, "outbound_bytes": peer.outbound_bytes,
                     "silent_s": silence(now, max(peer.heard_ns, peer.kept_ns)) if peer.heard_ns else None,
                 }
             for i in range(entry_count):
-                if entries[i].used and entries[i].peer in found:
-                    found[entries[i].peer]["addresses"].append(unpacked(&entries[i].address))
+                if not entries[i].used or entries[i].peer not in found:
+                    continue
+                one = found[entries[i].peer]
+                one["addresses"].append(unpacked(&entries[i].address))
+                if one["question"] is None:
+                    tag = check_tag(t, &peers[entries[i].peer].endpoint, i, &entries[i].address, check_epoch(now))
+                    memcpy(transaction, &i, 4)
+                    memcpy(transaction + 4, &tag, 8)
+                    one["question"] = request[:stun_request(request, transaction, t.unfinished)]
         finally:
             free(peers)
             free(entries)
@@ -1547,7 +1659,8 @@ cdef class PeerTable:
         if len(transaction) != TRANSACTION_SIZE:
             raise ConfigurationError("transaction", "is not 12 bytes")
         self.acquire()
-        ours = check_answered(self.t, &from_, &local, <const uint8_t *><const char *>transaction, at_ns, &news)
+        ours = check_answered(self.t, &from_, &local, <const uint8_t *><const char *>transaction, False, at_ns,
+                              &news)
         self.release()
         return ours
 
@@ -1575,7 +1688,9 @@ cdef class Engine:
     (UDP_GRO is already set on the socket). vnet_header: the TUN has IFF_VNET_HDR with headers of 10 bytes;
     join_udp: it also takes joined UDP (TUN_F_USO). connected: the socket is connected, its peer the only one.
     busy_poll_us: microseconds of looking for packets before each sleep, 0 for none. sticky: the socket tells
-    the address that a datagram came to (IP_PKTINFO), and the answers leave from there. name: for errors.
+    the address that a datagram came to (IP_PKTINFO), and the answers leave from there. unfinished: datagrams may
+    hold packets, also frames of TCP, whose checksum or segmentation the sender's kernel has left to the receiver, as
+    a fast path sends them over virtual links; with the TUN a device. name: for errors.
     table: a `PeerTable` for the plain mode, a `SessionTable` for WireGuard's, which takes one worker.
     `run()` once, from one thread; `stop()` and `counters()` from any.
     """
@@ -1588,7 +1703,7 @@ cdef class Engine:
     def __cinit__(self, table not None, *, int tun_fd, int udp_fd, int mtu=1500,
                   int burst_packets=64, bint udp_gso=False, bint udp_gro=False, bint vnet_header=False,
                   bint join_udp=False, bint connected=False, int busy_poll_us=0,
-                  bint sticky=False, str name="tunnel"):
+                  bint sticky=False, bint unfinished=False, str name="tunnel"):
         cdef int i
         cdef worker_t *w
         if not 1 <= burst_packets <= MAX_BURST:
@@ -1618,6 +1733,8 @@ cdef class Engine:
         w.gro = udp_gro
         w.vnet = vnet_header
         w.sticky = sticky
+        w.unfinished = unfinished
+        w.mtu = mtu
         self.name = name
         w.busy_poll_ns = <uint64_t>busy_poll_us * 1000
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
@@ -1633,13 +1750,16 @@ cdef class Engine:
             for i in range(MAX_BURST):
                 w.writes[i].msg_hdr.msg_iovlen = 1
         w.arena_size = burst_packets * w.slot
+        if vnet_header or unfinished:
+            w.frame = <uint8_t *>calloc(1, FRAME)
+            w.split = <uint8_t *>calloc(1, segment_out_size(0, 0))
+            if w.frame == NULL or w.split == NULL:
+                raise MemoryError("fasttun: no memory for a worker's frames")
         if vnet_header:
             w.arena_size = FRAMES_BYTES + FRAME + segment_out_size(
                 SESSION_HEADER, SESSION_PADDING + SESSION_TAG)
-            w.frame = <uint8_t *>calloc(1, FRAME)
-            w.split = <uint8_t *>calloc(1, segment_out_size(0, 0))
             w.coalescer = <coalescer_t *>calloc(1, sizeof(coalescer_t))
-            if w.frame == NULL or w.split == NULL or w.coalescer == NULL:
+            if w.coalescer == NULL:
                 raise MemoryError("fasttun: no memory for a worker's frames")
             # Fixed IDs too: senders with DF may repeat one (RFC 6864 §4.1), Linux's UDP does.
             coalescer_init(w.coalescer, True, join_udp, True)
@@ -1830,7 +1950,13 @@ cdef dict direction(direction_t *d, tuple reasons):
         "packets_in": load_u64(&d.packets_in), "bytes_in": load_u64(&d.bytes_in),
         "packets_out": load_u64(&d.packets_out), "bytes_out": load_u64(&d.bytes_out),
         "drops": {name: load_u64(&d.drops[i]) for i, name in enumerate(reasons)},
+        "bursts_in": bursts(&d.bursts_in), "bursts_out": bursts(&d.bursts_out),
     }
+
+
+cdef tuple bursts(bursts_t *b):
+    cdef int i
+    return [load_u64(&b.calls[i]) for i in range(BURST_BUCKETS)], load_u64(&b.packets)
 
 
 cdef str _dead_hint(int error):

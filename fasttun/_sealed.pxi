@@ -263,11 +263,13 @@ cdef int open_pending(worker_t *w) noexcept nogil:
     cdef int i
     cdef int count = c.open_count
     cdef int result = 0
+    cdef uint64_t before
     c.open_count = 0
     if count == 0:
         return 0
     peer = keypair.peer
     ft_open(&keypair.receive, c.opens, count)
+    before = keypair.window.next
     for i in range(count):
         packet = &c.opens[i]
         inner = packet.length - SESSION_TAG
@@ -288,6 +290,7 @@ cdef int open_pending(worker_t *w) noexcept nogil:
             w.counters.control_in += 1
         else:
             result = enter(w, peer, packet.data, inner)
+    peer.expected_packets += keypair.window.next - before
     return result
 
 

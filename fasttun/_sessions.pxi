@@ -346,6 +346,7 @@ cdef class SessionTable:
         self.release()
         return {
             "rx_packets": peer.received_packets, "rx_bytes": peer.received_bytes,
+            "rx_expected": peer.expected_packets,
             "tx_packets": peer.sent_packets, "tx_bytes": peer.sent_bytes, "queued": peer.queued,
             "endpoint": endpoint_value(&peer.endpoint) if peer.reachable else None,
             "local": unpacked(&peer.local) if is_known(&peer.local) else None,

@@ -36,8 +36,15 @@ Network = IPv4Network | IPv6Network
 class TunnelConfig:
     """The configuration of one plain tunnel. Raises `ConfigurationError` that names the field.
 
-    `address`, `route`, `allow`: one string or `ipaddress` object, or an iterable of them.
+    `listen` or `server`: wait for the other side, or the name or address of the side that waits.
+    `port`: UDP port of the listener. `device`: the TUN device's name; made, or used where it exists.
+    `address`: of this host inside. `route`: networks to reach through the tunnel. `allow`: a listener's senders.
+    These three: one string or `ipaddress` object, or an iterable of them.
+    `bind`: own address to listen on or to send from. `framing`: auto, raw or pi (docs/wire.md).
+    `workers`: threads, each with a queue of the device and a socket. `busy_poll_us`: spin this long before sleeping.
+    `tun_offload`, `udp_gso`, `udp_gro`, `batch`: False switches one off, for measuring.
     `mtu`: bytes of the largest inner packet, or None or "auto" to derive it from the path to the peer.
+    `fast_path`: the kernel carries the packets of known peers (docs/design.md, "Fast path").
     `tun_fd`, `udp_fd`: descriptors to use in place of `device` and of an own socket; the caller keeps them.
     """
 
@@ -59,6 +66,7 @@ class TunnelConfig:
     udp_gro: bool = True
     batch: bool = True
     busy_poll_us: int = 0
+    fast_path: bool = False
 
     def __post_init__(self) -> None:
         settle = _Settle(self)
@@ -99,6 +107,11 @@ class TunnelConfig:
                                      "a client takes datagrams from its server alone")
         if self.workers > 1 and (self.tun_fd is not None or self.udp_fd is not None):
             raise ConfigurationError("workers", "descriptors serve one worker", "use workers=1")
+        if self.fast_path and (self.tun_fd is not None or self.udp_fd is not None):
+            raise ConfigurationError("fast_path", "cannot be had with descriptors", "name a device instead")
+        if self.fast_path and self.framing == "pi":
+            raise ConfigurationError("fast_path", "carries packets without packet information alone",
+                                     "use framing raw or auto")
         if self.mtu is not None and self.mtu < 1280:
             v6 = [a for a in self.address if a.version == 6] + [r for r in self.route if r.version == 6]
             if v6:

@@ -10,6 +10,7 @@ import errno
 import ipaddress
 import logging
 import socket
+import struct
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from itertools import zip_longest
@@ -17,7 +18,7 @@ from typing import Any
 
 from .errors import EndpointError
 
-__all__ = ["SOCKET_BUFFER", "Endpoint", "open_udp", "resolve", "tell_local_address"]
+__all__ = ["SOCKET_BUFFER", "Endpoint", "open_udp", "resolve", "source_control", "tell_local_address"]
 
 SOCKET_BUFFER = 7 << 20
 """Bytes asked for each direction. The default (208 KiB) is full after three coalesced reads."""
@@ -206,6 +207,14 @@ def tell_local_address(sock: socket.socket, on: bool = True) -> bool:
     else:
         return False
     return True
+
+
+def source_control(family: int, local: IPv4Address | IPv6Address) -> tuple[int, int, bytes]:
+    """The control message that makes a datagram leave from `local`. family: of the socket that sends it."""
+    if family == socket.AF_INET:
+        return socket.IPPROTO_IP, _IP_PKTINFO, struct.pack("=i4s4s", 0, local.packed, bytes(4))
+    mapped = local.packed if local.version == 6 else bytes(10) + b"\xff\xff" + local.packed
+    return socket.IPPROTO_IPV6, socket.IPV6_PKTINFO, struct.pack("=16si", mapped, 0)
 
 
 def _enlarge_buffers(sock: socket.socket) -> None:

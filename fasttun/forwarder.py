@@ -22,16 +22,17 @@ from typing import TYPE_CHECKING, Any, cast
 from . import offload
 from ._core import OFFLOAD_NAMES, Engine, PeerTable
 from .config import DEFAULT_DEVICE, DEFAULT_PORT, Interface, Network, TunnelConfig
-from .endpoint import Endpoint, open_udp, resolve, tell_local_address
+from .endpoint import Endpoint, open_udp, resolve, source_control, tell_local_address
 from .errors import ConfigurationError, DeviceError, EndpointError, FasttunError, StateError
 from .lifecycle import Tunnel
 from .mtu import inner_mtu, path_mtu
-from .plain.greeting import Greeter
+from .plain.greeting import Greeter, binding_request
 from .stats import DirectionStats, PeerStats, Stats
 
 if TYPE_CHECKING:
 
     from .device import TunDevice
+    from .fastpath import FastPath
 
 __all__ = ["Forwarder"]
 
@@ -40,7 +41,12 @@ log = logging.getLogger("fasttun")
 BURST_PACKETS = 64
 ETHERNET_MTU = 1500
 EXPIRE_EVERY_S = 15.0
+FAST_PATH_EVERY_S = 1.0
+FAST_PATH_PAUSE_S = 0.05
+"""Between two looks at the peers for the fast path, however much is new."""
+FAST_PATH_ASK_EVERY_S = 5.0
 
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Addresses = str | Interface | Iterable[str | Interface]
 Networks = str | Network | Iterable[str | Network]
 
@@ -55,6 +61,8 @@ class Forwarder(Tunnel):
     """
 
     mode = "plain"
+    tap: Callable[[int, bytes, Endpoint, Address | None], object] | None = None
+    """Called with each greeting sent and when (ns since 1970), while somebody captures; must not block."""
 
     def __init__(
         self,
@@ -77,6 +85,7 @@ class Forwarder(Tunnel):
         udp_gro: bool = True,
         batch: bool = True,
         busy_poll_us: int = 0,
+        fast_path: bool = False,
         on_peer: Callable[[PeerStats], object] | None = None,
         before_threads: Callable[[], object] | None = None,
     ) -> None:
@@ -85,6 +94,7 @@ class Forwarder(Tunnel):
             "route": route, "mtu": mtu, "framing": framing, "bind": bind, "allow": allow, "workers": workers,
             "tun_fd": tun_fd, "udp_fd": udp_fd, "tun_offload": tun_offload, "udp_gso": udp_gso,
             "udp_gro": udp_gro, "batch": batch, "busy_poll_us": busy_poll_us,
+            "fast_path": fast_path,
         }
         self._prepare(TunnelConfig(**fields), on_peer, before_threads)
 
@@ -112,6 +122,9 @@ class Forwarder(Tunnel):
         self._resolvable = False
         self._table: PeerTable | None = None
         self._greeter: Greeter | None = None
+        self._fast_path: FastPath | None = None
+        self._ask_at = self._sync_at = 0.0
+        self._synced_at = -FAST_PATH_EVERY_S
         self._fixed = False
         self._pinned: set[object] = set()
 
@@ -133,7 +146,7 @@ class Forwarder(Tunnel):
         own = self._own_addresses()
         self._table = PeerTable(
             family=int(family), fixed=self._fixed, framing=config.framing,
-            allow=config.allow, own=own)
+            allow=config.allow, own=own, unfinished=config.fast_path)
         if servers:
             first = servers[0]
             self._table.set_server(first.host, first.port, first.scope_id)
@@ -149,14 +162,37 @@ class Forwarder(Tunnel):
             self._engines.append(Engine(
                 self._table, tun_fd=tun_fd, udp_fd=sock.fileno(), mtu=self.mtu, connected=connected,
                 burst_packets=BURST_PACKETS if config.batch else 1, busy_poll_us=config.busy_poll_us,
-                sticky=self._sticky(sock), name=self.device.name if self.device else "descriptor",
+                sticky=self._sticky(sock), unfinished=config.fast_path,
+                name=self.device.name if self.device else "descriptor",
                 vnet_header=self.device is not None and self.device.vnet_header,
                 join_udp=self.device is not None and "uso" in self.device.offloads,
                 udp_gso=self._offloads["udp-gso"] == offload.ON,
                 udp_gro=self._offloads["udp-gro"] == offload.ON))
         self._offloads["tun"] = self._tun_offload()
         self._offloads["batch"] = offload.ON if config.batch else offload.ASKED_OFF
+        if config.fast_path:
+            self._offloads["fast-path"] = self._open_fast_path(servers)
         self._start_threads()
+
+    def _open_fast_path(self, servers: list[Endpoint]) -> str:
+        """"on", or why it is off; the tunnel goes on without."""
+        from .fastpath import FastPath
+
+        assert self.device is not None
+        assert self._table is not None
+        bound = self.config.bind
+        try:
+            fast_path = FastPath(
+                self._table, tun=socket.if_nametoindex(self.device.name), mtu=self.device.mtu(),
+                port=self._sockets[0].getsockname()[1], bound=ipaddress.ip_address(bound) if bound else None,
+                own=self._own_addresses(), fixed=self._fixed)
+        except DeviceError as error:
+            log.warning("no fast path: %s", error)
+            return f"off: {error}"
+        self._undo.callback(fast_path.close)
+        fast_path.attach_ahead(server.host for server in servers)
+        self._fast_path = fast_path
+        return offload.ON
 
     def _open_sockets(self, servers: list[Endpoint]) -> bool:
         """Fills `self._sockets`, one a worker; whether they are connected to the only peer."""
@@ -294,6 +330,9 @@ class Forwarder(Tunnel):
         poll = select.poll()  # select() takes no descriptor above 1023
         poll.register(table.notify_fd, select.POLLIN)
         poll.register(self._wake, select.POLLIN)
+        fast_path = self._fast_path
+        if fast_path is not None:
+            poll.register(fast_path, select.POLLIN)
         while self._state in ("starting", "running") and not self._ended.is_set():
             now = time.monotonic()
             wait = max(0.0, expire_at - now) if self.config.listen else 3600.0
@@ -314,7 +353,9 @@ class Forwarder(Tunnel):
                     else:
                         told_of = server.endpoint
                         self._tell_peer(server)
-            poll.poll(math.ceil(wait * 1000))
+            if fast_path is not None:
+                wait = min(wait, max(0.0, self._sync_at - time.monotonic()))
+            ready = {fd for fd, _ in poll.poll(math.ceil(wait * 1000))}
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._wake)
             events = table.events()
@@ -327,13 +368,38 @@ class Forwarder(Tunnel):
                 forgotten = table.expire()
                 if forgotten:
                     log.info("%d silent peer(s) forgotten", forgotten)
+            if fast_path is not None:
+                now = time.monotonic()
+                if any(event[0] in ("peer", "moved") for event in events):
+                    self._ask_at = now
+                if events or fast_path.fileno() in ready:
+                    self._sync_at = min(self._sync_at, self._synced_at + FAST_PATH_PAUSE_S)
+                if now >= self._sync_at:
+                    self._sync_fast_path(fast_path, now)
+
+    def _sync_fast_path(self, fast_path: FastPath, now: float) -> None:
+        """Brings the fast path in line with the table; asks peers, new ones at once, whether they have one."""
+        self._synced_at, self._sync_at = now, now + FAST_PATH_EVERY_S
+        try:
+            fast_path.sync()
+            if now >= self._ask_at:
+                self._ask_at = now + FAST_PATH_ASK_EVERY_S
+                if self._greeter is not None:
+                    self._send_greeting(self._greeter.current)
+                for endpoint, local, request in fast_path.questions():
+                    self._send_from(local, request, Endpoint(*endpoint))
+        except OSError as error:
+            if self._offloads["fast-path"] == offload.ON:
+                self._offloads["fast-path"] = f"off: given up at run time ({error.strerror})"
+                log.warning("no fast path any more: %s; packets go on through the loop", error.strerror)
+                fast_path.close()
 
     def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int,
                     peer: PeerStats | None) -> None:
         if kind == "greeted":
             log.debug("the server answers; it sees this host as %s", endpoint)
             if self._greeter is not None:
-                self._greeter.answered()
+                self._greeter.answered(value / 1e6 if value >= 0 else None)
         elif kind == "offload":
             name = OFFLOAD_NAMES[value >> 16]
             reason = f"off: given up at run time ({os.strerror(value & 0xffff)})"
@@ -372,10 +438,25 @@ class Forwarder(Tunnel):
             return
         transaction = os.urandom(12)
         table.set_greeting(transaction)
+        if self._greeter is not None:
+            self._greeter.sent(time.monotonic())
         sock = self._sockets[0]
-        request = b"\x00\x01\x00\x00\x21\x12\xa4\x42" + transaction  # RFC 8489 §5: Binding, no attributes
+        request = binding_request(transaction, unfinished=self.config.fast_path)
+        tap, at_ns = self.tap, time.time_ns()  # its answer may be here before we are back
         with contextlib.suppress(OSError):  # the network may be down: the next greeting comes by itself
             sock.sendto(request, socket.MSG_DONTWAIT, server.sockaddr(sock.family))
+            if tap is not None:
+                tap(at_ns, request, server, None)
+
+    def _send_from(self, local: Address | None, data: bytes, to: Endpoint) -> None:
+        """One datagram that leaves from `local`, if that is given; lost if the network is down."""
+        sock = self._sockets[0]
+        source = [source_control(sock.family, local)] if local is not None else []
+        tap, at_ns = self.tap, time.time_ns()
+        with contextlib.suppress(OSError):
+            sock.sendmsg([data], source, socket.MSG_DONTWAIT, to.sockaddr(sock.family))
+            if tap is not None:
+                tap(at_ns, data, to, local)
 
     def _take_new_addresses(self) -> None:
         assert self.config.server is not None
@@ -411,12 +492,25 @@ class Forwarder(Tunnel):
     # --------------------------------------------------------------------------------- what it is
 
     @property
+    def routes(self) -> tuple[Network, ...]:
+        """The networks that the kernel routes into the device, in any table; empty without a device."""
+        from .routes import routes_through
+
+        return routes_through(self.device)
+
+    @property
     def peers(self) -> tuple[PeerStats, ...]:
         """The peers as they are now: the server, or those that a listener has learned."""
         final, table = self._final, self._table
         if final is not None:
             return cast("tuple[PeerStats, ...]", final.peers)
-        return _peers(table) if table is not None else ()
+        if self._fast_path is not None:
+            self._fast_path.collect()
+        return _peers(table, self._greeter) if table is not None else ()
+
+    def through_the_loop(self) -> contextlib.AbstractContextManager[object]:
+        """As of `Tunnel`: the fast path rests meanwhile."""
+        return super().through_the_loop() if self._fast_path is None else self._fast_path.paused()
 
     def wait_peer(self, timeout: float | None = None) -> PeerStats:
         """Waits until a peer has been heard and returns it. Raises `TimeoutError` after `timeout` seconds."""
@@ -437,13 +531,17 @@ class Forwarder(Tunnel):
         engines, table, final = self._engines, self._table, self._final
         if final is not None:
             return final
+        outbound = inbound = (0, 0)
+        if self._fast_path is not None:
+            self._fast_path.collect()
+            outbound, inbound = self._fast_path.carried.outbound, self._fast_path.carried.inbound
         counters = [engine.counters() for engine in engines]
         offloads = dict(self._offloads)
         return Stats(
             uptime_s=time.monotonic() - self._started_at if self._started_at else 0.0,
-            outbound=_direction([c["outbound"] for c in counters]),
-            inbound=_direction([c["inbound"] for c in counters]),
-            peers=_peers(table) if table is not None else (),
+            outbound=DirectionStats.total([c["outbound"] for c in counters], *outbound),
+            inbound=DirectionStats.total([c["inbound"] for c in counters], *inbound),
+            peers=_peers(table, self._greeter) if table is not None else (),
             system_calls=_total(c["calls"] for c in counters),
             errors=_total(c["errors"] for c in counters),
             offloads=offloads,
@@ -512,20 +610,15 @@ def _total(many: Iterable[dict[str, int]]) -> dict[str, int]:
     return dict(total)
 
 
-def _direction(many: list[dict[str, Any]]) -> DirectionStats:
-    def total(name: str) -> int:
-        return sum(one[name] for one in many)
-
-    return DirectionStats(
-        packets_in=total("packets_in"), bytes_in=total("bytes_in"), packets_out=total("packets_out"),
-        bytes_out=total("bytes_out"), drops=_total(one["drops"] for one in many))
-
-
-def _peers(table: PeerTable) -> tuple[PeerStats, ...]:
+def _peers(table: PeerTable, greeter: Greeter | None) -> tuple[PeerStats, ...]:
+    """greeter: of a client, whose only peer is the one that it greets."""
+    round_trip_s = greeter.round_trip_s if greeter is not None else None
+    loss = greeter.loss(time.monotonic()) if greeter is not None else None
     return tuple(
         PeerStats(
             endpoint=Endpoint(*peer["endpoint"]), framing=peer["framing"], addresses=tuple(peer["addresses"]),
             inbound_packets=peer["inbound_packets"], inbound_bytes=peer["inbound_bytes"],
             outbound_packets=peer["outbound_packets"], outbound_bytes=peer["outbound_bytes"],
-            silent_s=float("inf") if peer["silent_s"] is None else peer["silent_s"])
+            silent_s=float("inf") if peer["silent_s"] is None else peer["silent_s"],
+            round_trip_s=round_trip_s, loss=loss)
         for peer in table.peers())

@@ -269,6 +269,10 @@ class Tunnel:
 
     # What it is.
 
+    def through_the_loop(self) -> contextlib.AbstractContextManager[object]:
+        """Within it every packet passes through the loop, where it can be captured."""
+        return contextlib.nullcontext()
+
     @property
     def running(self) -> bool:
         """Whether packets are being forwarded."""

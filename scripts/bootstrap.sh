@@ -87,6 +87,7 @@ lacking() {
     need_program wg wireguard-tools
     need_program tshark tshark
     need_program tcpdump tcpdump
+    need_program chromium chromium
     need_program zsh zsh
     need_program fish fish
     need_program mandoc mandoc
@@ -96,6 +97,7 @@ lacking() {
     need_program dpkg-buildpackage dpkg-dev
     need_program man man-db
     need_program setpriv util-linux
+    need_program sysctl procps
     need_program script bsdutils
     # The Debian package is built for Debian's own interpreter.
     if ! { /usr/bin/python3 -c "$python_venv" && /usr/bin/python3 -c "$python_headers"; } 2>/dev/null; then
@@ -150,7 +152,7 @@ make_tun_node() {
 stale_build() {
     [ -e $venv/.fasttun-built ] || return 0
     [ -n "$(find setup.py pyproject.toml fasttun \
-        \( -name '*.pyx' -o -name '*.pxd' -o -name '*.h' -o -name setup.py -o -name pyproject.toml \) \
+        \( -name '*.pyx' -o -name '*.pxi' -o -name '*.pxd' -o -name '*.h' -o -name setup.py -o -name pyproject.toml \) \
         -newer $venv/.fasttun-built -print -quit)" ] && return 0
     ! compgen -G "fasttun/_core.*.so" >/dev/null
 }

@@ -1,7 +1,17 @@
 # What a worker counts. Each counter has one writer, its worker; readers use relaxed loads.
 # The names that users see are in fasttun/_core.pyx, in the same order.
 
-from libc.stdint cimport uint64_t
+from libc.stdint cimport uint32_t, uint64_t
+
+cdef extern from *:
+    """
+    /* The smallest i with packets <= 2^i; the last bucket of BURST_BUCKETS takes what is above 4,096. */
+    static inline int ft_burst_bucket(uint32_t packets) {
+        int bits = packets <= 1 ? 0 : 32 - __builtin_clz(packets - 1);
+        return bits < 13 ? bits : 13;
+    }
+    """
+    int ft_burst_bucket(uint32_t packets) noexcept nogil
 
 cdef enum:
     # outbound
@@ -42,12 +52,22 @@ cdef enum:
     ERRNO_LIMIT = 134
     # above EHWPOISON, the last one of Linux
 
+cdef enum:
+    BURST_BUCKETS = 14
+
+ctypedef struct bursts_t:
+    # How many packets a system call carried: calls by powers of two, and the packets of all of them.
+    uint64_t[14] calls
+    uint64_t packets
+
 ctypedef struct direction_t:
     uint64_t packets_in
     uint64_t bytes_in
     uint64_t packets_out
     uint64_t bytes_out
     uint64_t[14] drops
+    bursts_t bursts_in
+    bursts_t bursts_out
 
 ctypedef struct counters_t:
     direction_t outbound
@@ -58,6 +78,12 @@ ctypedef struct counters_t:
     uint64_t control_out
     uint64_t too_big_told
     uint64_t bad_mac1
+
+
+cdef inline void count_burst(bursts_t *b, uint32_t packets) noexcept nogil:
+    """Of a system call that carried `packets`, at least one."""
+    b.calls[ft_burst_bucket(packets)] += 1
+    b.packets += packets
 
 
 cdef inline void count_error(counters_t *c, int error) noexcept nogil:

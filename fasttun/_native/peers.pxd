@@ -11,7 +11,7 @@ from fasttun._native.endpoint cimport (
 )
 from fasttun._native.packet cimport address_t
 from fasttun._native.siphash cimport siphash, siphash_key_t
-from fasttun._native.system cimport memcpy, memset, pthread_mutex_t
+from fasttun._native.system cimport memcpy, memset, precise_ns, pthread_mutex_t
 from fasttun._native.wire cimport FRAMING_AUTO, FRAMING_RAW
 
 cdef enum:
@@ -24,7 +24,7 @@ cdef enum:
     EVENT_RING = 256
     # a power of two
     CHECK_BUCKETS = 256
-    # a power of two: rate limit of checks, by hash of the endpoint they go to
+    # a power of two: rate limit of checks to claimants, by hash of their endpoint
     STUN_BURST = 1000
     # Binding requests answered at once; refilled at the same number a second
     TRANSACTION_SIZE = 12
@@ -51,6 +51,7 @@ cdef enum:
     EVENT_MOVED = 2
     EVENT_GREETED = 3
     EVENT_OFFLOAD = 4
+    EVENT_FAST_PATH = 5
 
 ctypedef struct peer_t:
     endpoint_t endpoint
@@ -62,6 +63,8 @@ ctypedef struct peer_t:
     # last Binding request: it keeps the peer from expiring, but is no word in a contest
     uint64_t first_check_ns
     uint64_t last_check_ns
+    uint64_t asked_ns
+    # when it was last sent a check as an owner: its own, for a bucket shared with a claimant would starve it
     uint64_t inbound_packets
     uint64_t inbound_bytes
     uint64_t outbound_packets
@@ -73,6 +76,8 @@ ctypedef struct peer_t:
     uint8_t framing
     uint8_t checks
     uint8_t alternate
+    uint8_t unfinished
+    # it has said that it takes packets whose checksum and segmentation are left to it
 
 ctypedef struct entry_t:
     address_t address
@@ -105,6 +110,8 @@ ctypedef struct table_t:
     siphash_key_t key
     int family
     bint fixed
+    bint unfinished
+    # what this side says of itself, see peer_t
     int framing
     uint64_t expiry_ns
     uint64_t scanned_ns
@@ -132,6 +139,8 @@ ctypedef struct table_t:
     uint64_t stun_refill_ns
     uint8_t[12] greeting
     bint greeting_set
+    uint64_t greeting_ns
+    # when it was set; 0 once it is answered
     event_t[256] events
     uint64_t event_head
     uint64_t event_tail
@@ -191,6 +200,16 @@ cdef inline bint table_event(table_t *t, int kind, const endpoint_t *endpoint,
         memset(&event.address, 0, sizeof(address_t))
     t.event_head += 1
     return True
+
+
+cdef inline int round_trip_us(table_t *t) noexcept nogil:
+    """Microseconds since the greeting that is now answered; -1 when it was answered before."""
+    cdef uint64_t us
+    if t.greeting_ns == 0:
+        return -1
+    us = (precise_ns() - t.greeting_ns) // 1000
+    t.greeting_ns = 0
+    return <int>us if us < 0x7fffffff else 0x7fffffff
 
 
 cdef inline int32_t add_peer(table_t *t, const endpoint_t *e, uint64_t now) noexcept nogil:
@@ -288,14 +307,15 @@ cdef inline void heard_from(table_t *t, int32_t peer, int framing, uint64_t now)
         t.peers[peer].framing = <uint8_t>framing
 
 
-cdef inline uint64_t check_tag(table_t *t, const endpoint_t *to, int32_t entry, uint64_t epoch) noexcept nogil:
+cdef inline uint64_t check_tag(const table_t *t, const endpoint_t *to, int32_t entry, const address_t *address,
+                               uint64_t epoch) noexcept nogil:
     cdef uint64_t[7] words
     words[0] = to.high
     words[1] = to.low
     words[2] = (<uint64_t>to.scope_id << 32) | to.port
     words[3] = <uint64_t>entry
-    words[4] = t.entries[entry].address.high
-    words[5] = t.entries[entry].address.low
+    words[4] = address.high
+    words[5] = address.low
     words[6] = epoch
     return siphash(&t.key, words, 7)
 
@@ -306,18 +326,16 @@ cdef inline uint64_t check_epoch(uint64_t now) noexcept nogil:
 
 
 cdef inline void make_check(table_t *t, const endpoint_t *to, const address_t *local, int32_t entry,
-                            uint64_t now, check_t *check) noexcept nogil:
-    """Fills `check` unless that endpoint was checked less than a fifth of the patience ago."""
-    cdef int32_t bucket
+                            uint64_t now, uint64_t *sent_ns, check_t *check) noexcept nogil:
+    """Fills `check` unless the last one of those that share `sent_ns` is less than a fifth of the patience ago."""
     cdef uint32_t number = <uint32_t>entry
     cdef uint64_t tag
-    bucket = <int32_t>(hash_of_endpoint(t, to) & (CHECK_BUCKETS - 1))
-    if not is_older(now, t.check_sent_ns[bucket], t.patience_ns // 5 - 1):
+    if not is_older(now, sent_ns[0], t.patience_ns // 5 - 1):
         return
     if not endpoint_to_sockaddr(to, t.family, &check.to):
         return
-    t.check_sent_ns[bucket] = now
-    tag = check_tag(t, to, entry, check_epoch(now))
+    sent_ns[0] = now
+    tag = check_tag(t, to, entry, &t.entries[entry].address, check_epoch(now))
     memcpy(check.transaction, &number, 4)
     memcpy(check.transaction + 4, &tag, 8)
     check.local = local[0]
@@ -337,11 +355,12 @@ cdef inline void contest(table_t *t, int32_t entry, const endpoint_t *claimant, 
     Both at a time, so that senders that back off (TCP) need few claims. checks: room for two.
     """
     cdef peer_t *owner = &t.peers[t.entries[entry].peer]
+    cdef uint64_t *claimants_ns = &t.check_sent_ns[hash_of_endpoint(t, claimant) & (CHECK_BUCKETS - 1)]
     if owner.checks and is_older(now, owner.first_check_ns, t.patience_ns // 5 - 1):
-        make_check(t, claimant, local, entry, now, &checks[1])
+        make_check(t, claimant, local, entry, now, claimants_ns, &checks[1])
     if owner.checks == 0 or (owner.checks < CHECKS_NEEDED
                              and is_older(now, owner.last_check_ns, t.patience_ns // 3 - 1)):
-        make_check(t, &owner.endpoint, &owner.local, entry, now, &checks[0])
+        make_check(t, &owner.endpoint, &owner.local, entry, now, &owner.asked_ns, &checks[0])
         if checks[0].wanted:
             if owner.checks == 0:
                 owner.first_check_ns = now
@@ -414,6 +433,8 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
         if peer < 0:
             return ADMIT_FULL
         news[0] = table_event(t, EVENT_PEER, from_, source, 0) or news[0]
+    elif t.unfinished:
+        news[0] = table_event(t, EVENT_FAST_PATH, from_, source, 0) or news[0]
     entry = t.entry_free
     t.entry_free = t.entries[entry].next
     t.entries[entry].address = source[0]
@@ -431,7 +452,8 @@ cdef inline int32_t admit(table_t *t, const endpoint_t *from_, const address_t *
 
 
 cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const address_t *local,
-                                const uint8_t *transaction, uint64_t now, bint *news) noexcept nogil:
+                                const uint8_t *transaction, bint unfinished, uint64_t now,
+                                bint *news) noexcept nogil:
     """A Binding success has come from `from_`. False when its transaction is none that we have sent there.
 
     From the owner of the address: the owner lives, the claim falls. From the claimant: he receives what is
@@ -445,12 +467,15 @@ cdef inline bint check_answered(table_t *t, const endpoint_t *from_, const addre
     if number >= <uint32_t>t.entry_capacity or not t.entries[number].used:
         return False
     entry = <int32_t>number
-    if tag != check_tag(t, from_, entry, check_epoch(now)) and \
-            tag != check_tag(t, from_, entry, check_epoch(now) - 1):
+    if tag != check_tag(t, from_, entry, &t.entries[entry].address, check_epoch(now)) and \
+            tag != check_tag(t, from_, entry, &t.entries[entry].address, check_epoch(now) - 1):
         return False
     owner = t.entries[entry].peer
     if same_endpoint(&t.peers[owner].endpoint, from_):
         heard_from(t, owner, FRAMING_RAW, now)
+        if t.unfinished and t.peers[owner].unfinished != unfinished:
+            t.peers[owner].unfinished = unfinished
+            news[0] = table_event(t, EVENT_FAST_PATH, from_, NULL, unfinished) or news[0]
     elif is_mute(t, &t.peers[owner], now):
         if move_entry(t, entry, from_, local, now) >= 0:
             news[0] = table_event(t, EVENT_MOVED, from_, &t.entries[entry].address, 0) or news[0]

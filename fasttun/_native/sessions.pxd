@@ -100,6 +100,8 @@ ctypedef struct session_peer_t:
     int32_t queued
     uint64_t received_packets
     uint64_t received_bytes
+    uint64_t expected_packets
+    # by their counters: what the peer has sent up to the last one that came
     uint64_t sent_packets
     uint64_t sent_bytes
     # bytes of whole datagrams

@@ -1,5 +1,6 @@
 # STUN Binding (RFC 8489) as far as fasttun uses it: the client's greeting and keepalive, and the check that
-# a claimed endpoint really receives what is sent to it. No attributes but XOR-MAPPED-ADDRESS.
+# a claimed endpoint really receives what is sent to it. Two attributes: XOR-MAPPED-ADDRESS, and one of our own
+# by which both sides of a fast path find each other (docs/wire.md).
 
 from libc.stddef cimport size_t
 from libc.stdint cimport uint8_t, uint16_t, uint32_t
@@ -10,10 +11,13 @@ from fasttun._native.system cimport memcpy, memset
 cdef enum:
     STUN_HEADER = 20
     STUN_TRANSACTION = 12
-    STUN_RESPONSE_MAX = 44
+    STUN_REQUEST_MAX = 24
+    STUN_RESPONSE_MAX = 48
     STUN_REQUEST_TYPE = 0x0001
     STUN_SUCCESS_TYPE = 0x0101
     STUN_XOR_MAPPED_ADDRESS = 0x0020
+    STUN_UNFINISHED = 0xfa57
+    # no value: the sender takes packets whose checksum and segmentation are left to the receiver
 
 
 cdef inline int stun_type(const uint8_t *d, size_t length) noexcept nogil:
@@ -36,13 +40,23 @@ cdef inline size_t stun_header(uint8_t *to, int kind, int length, const uint8_t 
     return STUN_HEADER
 
 
-cdef inline size_t stun_request(uint8_t *to, const uint8_t *transaction) noexcept nogil:
-    """A Binding request without attributes: 20 bytes."""
-    return stun_header(to, STUN_REQUEST_TYPE, 0, transaction)
+cdef inline size_t put_unfinished(uint8_t *message, size_t length) noexcept nogil:
+    """Adds the attribute; the message's new length."""
+    put16(message + length, STUN_UNFINISHED)
+    put16(message + length + 2, 0)
+    put16(message + 2, get16(message + 2) + 4)
+    return length + 4
 
 
-cdef inline size_t stun_success(uint8_t *to, const uint8_t *request, const endpoint_t *seen) noexcept nogil:
-    """The Binding success that tells the sender of `request` how it is seen: 32 or 44 bytes (§14.2)."""
+cdef inline size_t stun_request(uint8_t *to, const uint8_t *transaction, bint unfinished) noexcept nogil:
+    """A Binding request: 20 bytes, 24 with the attribute."""
+    stun_header(to, STUN_REQUEST_TYPE, 0, transaction)
+    return put_unfinished(to, STUN_HEADER) if unfinished else STUN_HEADER
+
+
+cdef inline size_t stun_success(uint8_t *to, const uint8_t *request, const endpoint_t *seen,
+                                bint unfinished) noexcept nogil:
+    """The Binding success that tells the sender of `request` how it is seen: 32 or 44 bytes (§14.2), and 4."""
     cdef const uint8_t *address
     cdef int i, size
     cdef bint v4 = is_mapped_ipv4(seen.high, seen.low)
@@ -62,7 +76,17 @@ cdef inline size_t stun_success(uint8_t *to, const uint8_t *request, const endpo
     put16(to + 26, seen.port ^ 0x2112)
     for i in range(size):
         to[28 + i] = address[i] ^ to[4 + i]
-    return 28 + size
+    return put_unfinished(to, 28 + size) if unfinished else 28 + size
+
+
+cdef inline bint stun_unfinished(const uint8_t *d, size_t length) noexcept nogil:
+    """Whether a message that `stun_type` has found well-formed has the attribute."""
+    cdef size_t at = STUN_HEADER
+    while at + 4 <= length:
+        if get16(d + at) == STUN_UNFINISHED:
+            return True
+        at += 4 + ((<size_t>get16(d + at + 2) + 3) & ~<size_t>3)
+    return False
 
 
 cdef inline bint stun_mapped(const uint8_t *d, size_t length, endpoint_t *to) noexcept nogil:

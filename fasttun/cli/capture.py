@@ -37,7 +37,13 @@ Examples:
   fasttun capture tun0 tcp port 443 and not host 10.7.0.1
   fasttun capture -w - | wireshark -k -i -
   fasttun capture --what both -s 128 -w tunnel.pcapng
+  fasttun capture --what outer --keys --handshake -w - wg0 | wireshark -k -i -
 """
+_WARNING = """\
+warning: {where} will hold this tunnel's PRIVATE KEY and the keys of its sessions, by --keys:
+warning: who has it reads all that was captured, and can be this host. Guard it as the key; share it with nobody.
+"""
+_OLD_SESSIONS = "note: packets of sessions from before this cannot be decrypted; --handshake makes new sessions now\n"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP)
@@ -47,15 +53,20 @@ Examples:
 @click.option("-s", "--snap-length", type=click.IntRange(1, 262144), metavar="BYTES", help="Keep so much of each.")
 @click.option("-c", "--count", type=click.IntRange(1), metavar="N", help="End after N packets.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="End after S seconds.")
+@click.option("--keys", is_flag=True,
+              help="With -w and --what outer or both: also the secret keys by which Wireshark decrypts WireGuard.")
+@click.option("--handshake", is_flag=True, help="Make new WireGuard sessions first, so that all can be decrypted.")
 @click.argument("words", nargs=-1, metavar="[NAME] [FILTER...]")
 def capture(write: str | None, what: str, snap_length: int | None, count: int | None, seconds: float | None,
-            words: tuple[str, ...]) -> int:
+            keys: bool, handshake: bool, words: tuple[str, ...]) -> int:
     """Show the packets of the running tunnel, or of the one of that NAME, or write them as pcapng.
 
     The tunnel never waits for this: packets that come faster than they are written are missed, and counted.
     """
     if write == "-" and sys.stdout.isatty():
         raise click.UsageError("-w: standard output is a terminal; as in fasttun capture -w - | wireshark -k -i -")
+    if keys:
+        _check_keys_are_of_use(write, what, snap_length)
     name, text = _name_and_filter(" ".join(words).split())
     from ..observe.client import choose
     from ..observe.stream import PcapngReader, request
@@ -63,8 +74,13 @@ def capture(write: str | None, what: str, snap_length: int | None, count: int | 
     reader = PcapngReader(parse=write is None)
     with contextlib.ExitStack() as stack:
         tunnel = choose(name)
-        take, output = stack.enter_context(_output(write, reader, side=what == "both"))
-        sock, first = request(tunnel, what=what, filter=text, snap_length=snap_length, count=count, seconds=seconds)
+        take, output = stack.enter_context(_output(write, reader, side=what == "both", secret=keys))
+        if keys:
+            told = _WARNING.format(where="the capture" if write == "-" else write)
+            click.secho(told + ("" if handshake else _OLD_SESSIONS), err=True, nl=False, fg="red", bold=True)
+        secrets = {"keys": keys, "handshake": handshake} if keys or handshake else {}
+        sock, first = request(tunnel, what=what, filter=text, snap_length=snap_length, count=count, seconds=seconds,
+                              **secrets)
         stack.enter_context(sock)
         with _ended_by_signal(sock):
             _pass_on(sock, first, take, output)
@@ -73,6 +89,16 @@ def capture(write: str | None, what: str, snap_length: int | None, count: int | 
         f"{reader.missed} missed"
     click.echo(f"{reader.packets} packet{'' if reader.packets == 1 else 's'}, {missed}", err=True)
     return 0
+
+
+def _check_keys_are_of_use(write: str | None, what: str, snap_length: int | None) -> None:
+    """UsageError: secrets go nowhere by mistake."""
+    if write is None:
+        raise click.UsageError("--keys: is for a file or a pipe that is read by Wireshark: -w FILE")
+    if what == "inner":
+        raise click.UsageError("--keys: inner packets are not encrypted: --what outer or both")
+    if snap_length is not None:
+        raise click.UsageError("--keys: a packet that is cut short cannot be decrypted: leave out -s")
 
 
 def _name_and_filter(words: list[str]) -> tuple[str | None, str]:
@@ -89,8 +115,9 @@ def _name_and_filter(words: list[str]) -> tuple[str | None, str]:
 
 
 @contextlib.contextmanager
-def _output(write: str | None, reader: PcapngReader, *, side: bool) -> Iterator[tuple[Callable[[bytes], Any], int]]:
-    """What takes the stream's pieces, and the descriptor whose reader may go."""
+def _output(write: str | None, reader: PcapngReader, *, side: bool,
+            secret: bool) -> Iterator[tuple[Callable[[bytes], Any], int]]:
+    """What takes the stream's pieces, and the descriptor whose reader may go. secret: in a file for its owner."""
     if write is None:
         yield (lambda data: _print(reader, data, side)), sys.stdout.fileno()
         return
@@ -100,6 +127,8 @@ def _output(write: str | None, reader: PcapngReader, *, side: bool) -> Iterator[
     else:
         fd = os.open(write, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
+        if secret and stat.S_ISREG(os.fstat(fd).st_mode):  # it may have been there before, open to others
+            os.fchmod(fd, 0o600)
         yield (lambda data: _write(reader, data, fd)), fd
     finally:
         os.close(fd)

@@ -14,6 +14,7 @@ from click.core import ParameterSource
 
 from .._version import __version__
 from .group import LazyCommand, SectionedGroup, SectionOption
+from .options import METRICS, METRICS_ATTRIBUTES
 
 __all__ = ["fasttun", "go_style"]
 
@@ -145,12 +146,7 @@ _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the default
     help="The other side's public key, and its addresses inside when there are several. Repeatable.",
 )
 @_option(_PROCESS, "--user", metavar="NAME", help="Become this user once set up.")
-@_option(
-    _PROCESS,
-    "--metrics",
-    metavar="ADDR:PORT",
-    help="Serve a status page and Prometheus metrics there, such as 127.0.0.1:9586.",
-)
+@_option(_PROCESS, METRICS, **METRICS_ATTRIBUTES)
 @_option(_PROCESS, "-v", "--verbose", count=True, help="Say more.")
 @_option(_PROCESS, "-q", "--quiet", count=True, help="Warnings and errors only; twice: errors only.")
 @_option(_PROCESS, "--log-format", metavar="text|json", default="text", help="Log lines on stderr (text).")
@@ -162,6 +158,12 @@ _PROCESS, _SPEED, _OTHER = "Process and log", "Speed (for measuring; the default
     is_flag=False,
     flag_value=BUSY_POLL_US,
     help=f"Spin this long before sleeping: less latency, more CPU ({BUSY_POLL_US} without a value).",
+)
+@_option(
+    _SPEED,
+    "--fast-path",
+    is_flag=True,
+    help="The kernel carries known peers' packets (eBPF); they pass by this host's firewall of UDP.",
 )
 @_option(_SPEED, "--no-tun-offload", is_flag=True, help="No segmentation or checksum offload on the device.")
 @_option(_SPEED, "--no-udp-gso", is_flag=True, help="No UDP_SEGMENT when sending.")

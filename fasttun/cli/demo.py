@@ -38,7 +38,8 @@ def demo(size_bytes: int, no_baseline: bool, plain: bool) -> int:
     """Two hosts on this machine, a tunnel between them, a file through it.
 
     Makes two network namespaces, pings and sends a file through the tunnel, compares the hashes, does the
-    same with a tunnel in pure Python, and takes everything away again. Needs root.
+    same with an encrypted tunnel, shown by top and status, and with one in pure Python, and takes everything
+    away again. Needs root.
     """
     from ..demo.show import run
 

@@ -28,7 +28,7 @@ KEEPALIVE_S = 25
 """A client keeps its way through a NAT open; the interval that wg(8) recommends."""
 _EVERYTHING = (ipaddress.ip_network("0.0.0.0/0"), ipaddress.ip_network("::/0"))
 _PLAIN_ONLY = {"bind": None, "allow": (), "framing": "auto", "workers": 1, "batch": True,
-               "tun_fd": None, "udp_fd": None}
+               "fast_path": False, "tun_fd": None, "udp_fd": None}
 
 
 def factory(config: TunnelConfig, key: str | None, peers: Sequence[str]) -> Callable[..., WireGuard]:

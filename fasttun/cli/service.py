@@ -27,6 +27,8 @@ __all__ = ["UNITS", "service"]
 _COMMAND = "/usr/bin/fasttun"
 """Where packages put the program; `install` writes where it is."""
 _VARIABLE = "FASTTUN_FLAGS"
+_HIDDEN = {"fasttun": ("/home", "/root", "/run/user", "/tmp", "/var/tmp"), "fasttun-up": ("/tmp", "/var/tmp")}
+"""What each unit's process does not see (ProtectHome, PrivateTmp)."""
 _NOT_HERE = {"user": "the unit gives it the rights of none but the network", "explain": "it would do nothing"}
 
 UNITS = {
@@ -48,6 +50,8 @@ ExecStart={_COMMAND} --device %i ${_VARIABLE}
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 RestartSec=2
+# Flags or a name that are wrong stay so.
+RestartPreventExitStatus=2
 WatchdogSec=30
 TimeoutStopSec=20
 RuntimeDirectory=fasttun
@@ -102,6 +106,8 @@ ExecStart={_COMMAND} up --foreground %i
 ExecReload=/bin/kill -HUP $MAINPID
 Restart=on-failure
 RestartSec=2
+# Flags or a name that are wrong stay so.
+RestartPreventExitStatus=2
 WatchdogSec=30
 TimeoutStopSec=30
 RuntimeDirectory=fasttun wireguard
@@ -136,6 +142,13 @@ WantedBy=multi-user.target
 _root = click.option("--root", metavar="DIR", default="/", help="Of another system, such as an image (/).")
 _now = click.option("--now", is_flag=True, help="Run the systemctl commands, too; else they are printed.")
 
+_FAST_PATH = """\
+# --fast-path loads programs into the kernel.
+[Service]
+CapabilityBoundingSet=CAP_BPF CAP_PERFMON
+SystemCallFilter=bpf
+"""
+
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 def service() -> None:
@@ -155,9 +168,15 @@ def install(name: str, flags: Sequence[str], root: str, now: bool) -> None:
     """
     place, unit = _Place(root), _unit(_sound(name), flags)
     place.may_run(now)
+    if place.is_here:
+        _check_is_seen("service", unit, _program().split()[0], sys.executable, sys.base_prefix, __file__)
     if flags:
         _check(name, flags)
         place.write(_settings(name), f"{_VARIABLE}={_quoted(flags)}\n", 0o600)
+        if "--fast-path" in flags:
+            place.write(_drop_in(name), _FAST_PATH, 0o644)
+        else:
+            place.remove(_drop_in(name))
     elif not place.has(f"etc/wireguard/{name}.conf"):
         raise ConfigurationError("service", f"there are no flags, and no /etc/wireguard/{name}.conf",
                                  f"as in fasttun service install {name} -- --listen --address 10.7.0.1/24")
@@ -187,6 +206,7 @@ def remove(name: str, root: str, now: bool) -> None:
     place.tell([["systemctl", "disable", "--now", f"{unit}@{name}.service"]], now)
     if flagged:
         place.remove(_settings(name))
+        place.remove(_drop_in(name))
     if not place.instances(unit, besides=name):
         place.remove(f"etc/systemd/system/{unit}@.service")
     place.tell([["systemctl", "daemon-reload"]], now)
@@ -198,6 +218,10 @@ def _unit(name: str, flags: Sequence[str]) -> str:
 
 def _settings(name: str) -> str:
     return f"etc/fasttun/{name}.conf"
+
+
+def _drop_in(name: str) -> str:
+    return f"etc/systemd/system/fasttun@{name}.service.d/fast-path.conf"
 
 
 def _sound(name: str) -> str:
@@ -224,9 +248,22 @@ def _check(name: str, flags: Sequence[str]) -> None:
     for flag, reason in _NOT_HERE.items():
         if given.get(flag):
             raise ConfigurationError(flag, "is not for a service", reason)
+    if given.get("key"):
+        _check_is_seen("key", "fasttun", os.path.abspath(given["key"]))
     for flag in ("user", "explain", "log_format", "verbose", "quiet", "key", "peer", "metrics"):
         given.pop(flag, None)
     TunnelConfig(**_fields(given))
+
+
+def _check_is_seen(field: str, unit: str, *paths: str) -> None:
+    """Refuses a file that the unit hides from its process, also behind links on the way to it."""
+    for path in paths:
+        real = os.path.realpath(path)
+        for directory in _HIDDEN[unit]:
+            if real.startswith(f"{directory}/"):
+                hint = "put it into /etc/fasttun" if field == "key" else \
+                    "install fasttun where a service sees it: python3 -m venv /opt/fasttun, or the package"
+                raise ConfigurationError(field, f"{real} is out of the service's sight, as all in {directory} is", hint)
 
 
 def _quoted(flags: Sequence[str]) -> str:
@@ -262,12 +299,12 @@ class _Place:
 
     def __init__(self, root: str) -> None:
         self._root = Path(root)
-        self._here = self._root.resolve() == Path("/")
+        self.is_here = self._root.resolve() == Path("/")
         if not self._root.is_dir():
             raise ConfigurationError("root", f"{root} is no directory", "name the other system's /")
 
     def may_run(self, now: bool) -> None:
-        if now and not self._here:
+        if now and not self.is_here:
             raise ConfigurationError("now", "is of no use with --root", "leave one of them out")
 
     def has(self, path: str) -> bool:
@@ -275,7 +312,7 @@ class _Place:
 
     def program_is_packaged(self, template: str) -> bool:
         """Whether a package has brought this unit and the program that it starts."""
-        return self.has(f"usr/lib/systemd/system/{template}") and (not self._here or _program() == _COMMAND)
+        return self.has(f"usr/lib/systemd/system/{template}") and (not self.is_here or _program() == _COMMAND)
 
     def write(self, path: str, text: str, mode: int) -> None:
         """The whole file or the one before: FasttunError or OSError then."""
@@ -304,6 +341,8 @@ class _Place:
         with contextlib.suppress(FileNotFoundError):
             target.unlink()
             click.echo(f"removed {target}")
+            if target.parent.name.endswith(".service.d") and not any(target.parent.iterdir()):
+                target.parent.rmdir()
 
     def instances(self, unit: str, besides: str) -> list[str]:
         """Names of other tunnels that the unit serves."""
@@ -318,10 +357,10 @@ class _Place:
         """Print the commands, or run them; FasttunError with what one said."""
         for words in commands:
             if not now:
-                root = [] if self._here else [f"--root={self._root}"]
+                root = [] if self.is_here else [f"--root={self._root}"]
                 if root and words[1] == "daemon-reload":
                     continue
-                left = [word for word in words[1:] if self._here or word != "--now"]
+                left = [word for word in words[1:] if self.is_here or word != "--now"]
                 click.echo("to do: " + " ".join(["systemctl", *root, *left]))
                 continue
             if shutil.which(words[0]) is None:

@@ -19,7 +19,7 @@ from ..errors import StateError
 from .lines import write_error
 from .report import size
 
-__all__ = ["ago", "status"]
+__all__ = ["ago", "quality", "status"]
 
 _KEY_LENGTH = 44
 """Of a public key in base64."""
@@ -94,11 +94,22 @@ def ago(seconds: float | None) -> str:
     return f"{seconds:.0f} s ago"
 
 
+def quality(peer: dict[str, Any]) -> tuple[str, str]:
+    """Round trip and loss of a peer, a dash for what is not known."""
+    round_trip, loss = peer.get("round_trip_s"), peer.get("loss")
+    return (
+        "-" if round_trip is None else f"{round_trip * 1e3:.3g} ms" if round_trip < 1 else f"{round_trip:.1f} s",
+        "-" if loss is None else f"{loss:.{0 if loss == 0 or loss >= 0.1 else 1}%}".replace("%", " %"),
+    )
+
+
 def _lines(now: dict[str, Any], before: dict[str, Any] | None) -> Iterator[str]:
     mode = "WireGuard" if now["mode"] == "wireguard" else "plain, not encrypted"
     yield click.style(now["name"], bold=True) + f"  {mode}, up {ago(now['uptime_s'])[:-4]}, process {now['pid']}"
     addresses = ", ".join(address for address in now["device"]["addresses"] if not address.startswith("fe80"))
     yield f"  inside    {addresses or 'no address'}, MTU {now['device']['mtu']}"
+    if now["device"]["routes"]:
+        yield f"  routes    {', '.join(now['device']['routes'])}"
     yield f"  outside   UDP port {now['local_port']}" + (f", sealed by {now['aead']}" if now["aead"] else "")
     for direction in ("inbound", "outbound"):
         counted = now[direction]
@@ -117,6 +128,7 @@ def _peers(now: dict[str, Any], before: dict[str, Any] | None) -> tuple[list[str
     """The heads and the rows of the table; with rates when there is an earlier document."""
     wireguard, rates = now["mode"] == "wireguard", before is not None
     heads = ["peer", "inside", *(["endpoint", "handshake"] if wireguard else ["heard"]),
+             "rtt", "lost",
              "received", *(["/s"] if rates else []), "sent", *(["/s"] if rates else [])]
     known = {peer["id"]: peer for peer in before["peers"]} if before is not None else {}
     gap = max(1e-3, now["time"] - before["time"]) if before is not None else 1.0
@@ -131,7 +143,7 @@ def _peers(now: dict[str, Any], before: dict[str, Any] | None) -> tuple[list[str
             if rates:
                 counts.append(size(round(max(0, peer[field] - known.get(peer["id"], peer)[field]) / gap)))
         rows.append([peer["id"], ", ".join(peer["addresses"]) or "-", *([peer["endpoint"] or "-"] if wireguard else []),
-                     ago(last), *counts])
+                     ago(last), *quality(peer), *counts])
     return heads, rows
 
 

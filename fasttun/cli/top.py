@@ -1,7 +1,7 @@
 """`fasttun top [NAME]`: a running tunnel, live, by rich: moving graphs, rates, drops, peers, processor time.
 
-Keys: q quits, s sorts the peers anew, the arrows choose a peer for a graph of its own, p pauses. No round-trip
-time and no loss: the engine measures neither. Not for: the documents (`fasttun.observe.snapshot`).
+Keys: q quits, s sorts the peers anew, the arrows choose a peer for a graph of its own, p pauses. Not for: the documents
+(`fasttun.observe.snapshot`), nor what they say of round trips and loss (docs/status-schema.md).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .report import size
-from .status import ago
+from .status import ago, quality
 
 if TYPE_CHECKING:
     from rich.console import Console, OverflowMethod, RenderableType
@@ -37,6 +37,7 @@ Row = tuple[dict[str, Any], float, float]
 """A peer, and the bytes a second from and to it."""
 _HEIGHT_BESIDE_PEERS = 12
 _PEER_HEIGHT = 2
+_WIDTH_FOR_QUALITY = 76
 _KEY = re.compile("\x1b[\\[O][0-9;]*[A-Za-z~]|.", re.DOTALL)
 """One key: a terminal's control sequence, or a character."""
 _UP, _DOWN = ("\x1b[A", "\x1bOA", "k"), ("\x1b[B", "\x1bOB", "j")
@@ -163,7 +164,7 @@ def view(history: list[dict[str, Any]], console: Console, seen: View) -> Rendera
     if chosen is not None:
         room -= 1 + _PEER_HEIGHT
     lines.append(line("dropped  " + (", ".join(_drops(history)) or "nothing")))
-    lines.append(_table(now, rows, max(1, room), seen.peer, cut))
+    lines.append(_table(now, rows, max(1, room), seen.peer, cut, console.width))
     if chosen is not None:
         both = [8 * rate for rate in _peer_rates(history, chosen[0]["id"])]
         lines.append(line(f"{chosen[0]['id']}  {_bits(both[-1] if both else 0.0)}, both ways"))
@@ -173,15 +174,23 @@ def view(history: list[dict[str, Any]], console: Console, seen: View) -> Rendera
     return Group(*lines)
 
 
-def _table(now: dict[str, Any], rows: list[Row], room: int, chosen: str | None, cut: OverflowMethod) -> Table:
+def _table(now: dict[str, Any], rows: list[Row], room: int, chosen: str | None, cut: OverflowMethod,
+           screen: int) -> Table:
     """As many peers as there is room for, the chosen one among them."""
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, expand=True)
+    table = Table(box=None, pad_edge=False, expand=True, padding=(0, 1, 0, 0))
     wireguard = now["mode"] == "wireguard"
-    for head, right in (("peer", False), ("inside", False), ("handshake" if wireguard else "heard", True),
-                        ("received/s", True), ("sent/s", True)):
-        table.add_column(head, justify="right" if right else "left", no_wrap=True, overflow=cut, header_style="dim")
+    narrow = screen < _WIDTH_FOR_QUALITY
+    for head, width in (("peer", 0), ("inside", 0), ("handshake" if wireguard else "heard", 9),
+                        *(() if narrow else (("rtt", 7), ("lost", 5))), ("received/s", 11), ("sent/s", 11)):
+        table.add_column(head, justify="right" if width else "left", no_wrap=True, overflow=cut, header_style="dim",
+                         min_width=None if narrow or not width else width)
+    if not narrow:  # what is left for the two that may be long
+        left = screen - sum(column.min_width or 0 for column in table.columns) - len(table.columns)
+        who_width = max((len(row[0]["id"][:11] if wireguard else row[0]["id"]) + 2 for row in rows), default=4)
+        table.columns[0].max_width = min(who_width, left - 8)
+        table.columns[1].max_width = left - table.columns[0].max_width
     ids = [row[0]["id"] for row in rows]
     first = max(0, ids.index(chosen) - room + 1) if chosen in ids else 0
     for peer, received, sent in rows[first:first + room]:
@@ -190,8 +199,8 @@ def _table(now: dict[str, Any], rows: list[Row], room: int, chosen: str | None, 
             last = now["time"] - peer["last_handshake"] if peer["last_handshake"] else None
         who = peer["id"][:10] + ("" if cut == "crop" else "…") if wireguard else peer["id"]
         mark = ("> " if peer["id"] == chosen else "  ") if chosen is not None else ""
-        table.add_row(mark + who, ", ".join(peer["addresses"]), ago(last), _bits(8 * received), _bits(8 * sent),
-                      style="bold" if peer["id"] == chosen else "")
+        table.add_row(mark + who, ", ".join(peer["addresses"]), ago(last), *(() if narrow else quality(peer)),
+                      _bits(8 * received), _bits(8 * sent), style="bold" if peer["id"] == chosen else "")
     return table
 
 

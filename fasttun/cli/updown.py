@@ -29,11 +29,13 @@ from ..errors import ConfigurationError, DeviceError, FasttunError, StateError
 from ..observe import Observers
 from . import report
 from .instance import Instance
+from .options import METRICS, METRICS_ATTRIBUTES
 from .serve import _Interrupted, _Signals, _Watched
 
 if TYPE_CHECKING:
     from ..wireguard.config import Config
     from ..wireguard.journal import Journal
+    from ..wireguard.quick import Quick
     from ..wireguard.tunnel import WireGuard
 
 __all__ = ["down", "up"]
@@ -56,10 +58,11 @@ _log_format = click.option(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("target", metavar="FILE|NAME")
 @click.option("-f", "--foreground", is_flag=True, help="Stay, log to stderr, tell systemd when it is up.")
+@click.option(METRICS, **METRICS_ATTRIBUTES)
 @_verbose
 @_quiet
 @_log_format
-def up(target: str, foreground: bool, verbose: int, quiet: int, log_format: str) -> int:
+def up(target: str, foreground: bool, metrics: str | None, verbose: int, quiet: int, log_format: str) -> int:
     """Bring a tunnel up from a wg-quick file: device, keys, peers, addresses, routes, DNS, hooks.
 
     FILE is a path whose last part is NAME.conf; NAME alone stands for /etc/wireguard/NAME.conf. Returns once
@@ -70,8 +73,9 @@ def up(target: str, foreground: bool, verbose: int, quiet: int, log_format: str)
     _hide_memory()
     name, path, config = _find(target)
     if foreground:
-        return _Service(name, path, config).run(lambda: notify.ready(f"{name} is up"), in_background=False)
-    return _in_background(lambda tell: _Service(name, path, config).run(tell, in_background=True), verbose - quiet)
+        return _Service(name, path, config, metrics).run(lambda: notify.ready(f"{name} is up"), in_background=False)
+    return _in_background(
+        lambda tell: _Service(name, path, config, metrics).run(tell, in_background=True), verbose - quiet)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -147,9 +151,10 @@ class _Service:
     It stays root: hooks, the firewall and the resolver's program are root's, at the end as at the beginning.
     """
 
-    def __init__(self, name: str, path: Path, config: Config) -> None:
+    def __init__(self, name: str, path: Path, config: Config, metrics: str | None = None) -> None:
         self._name = name
         self._path = path
+        self._metrics = metrics
         self._config = config
 
     def run(self, tell: Callable[[], object], *, in_background: bool) -> int:
@@ -196,10 +201,11 @@ class _Service:
             ended = None
             with tunnel:
                 signals.check()
-                with Observers(tunnel), ControlSocket(tunnel, self._name, on_removed=signals.post_end):
+                with Observers(tunnel, metrics=self._metrics), \
+                        ControlSocket(tunnel, self._name, on_removed=signals.post_end):
                     quick.apply(tunnel)
                     try:
-                        ended = self._serve(tunnel, signals, tell, in_background)
+                        ended = self._serve(tunnel, quick, signals, tell, in_background)
                     finally:
                         notify.stopping("undoing what was set up")
                         journal.errors += quick.pre_down(tunnel)
@@ -211,7 +217,8 @@ class _Service:
             raise ended
 
     def _serve(
-        self, tunnel: WireGuard, signals: _SetUpSignals, tell: Callable[[], object], in_background: bool
+        self, tunnel: WireGuard, quick: Quick, signals: _SetUpSignals, tell: Callable[[], object],
+        in_background: bool,
     ) -> BaseException | None:
         """Wait for a stop signal or the tunnel's own end; what ended it."""
         peers = len(tunnel.peers)
@@ -230,13 +237,33 @@ class _Service:
             elif number == signal.SIGHUP:
                 if not in_background and signals.terminal_went():
                     break
-                _log.info("SIGHUP: to take over a changed file, fasttun down %s and up", self._name)
+                self._reload(tunnel, quick)
             else:
                 break
         if tunnel.running:
             return None
         watch.join()
         return watch.error
+
+
+    def _reload(self, tunnel: WireGuard, quick: Quick) -> None:
+        """Take the changed file over. What is wrong with it is told, and all goes on as before."""
+        from ..wireguard.config import Config
+        from ..wireguard.reload import take_over
+
+        notify.reloading()
+        try:
+            config = Config.read(self._path)
+            taken = take_over(tunnel, self._config, config)
+        except FasttunError as error:
+            where = "" if str(self._path) in str(error) else f"{self._path}: "
+            _log.error("SIGHUP: %s%s; everything goes on as before", where, error)
+        else:
+            self._config = config
+            _log.info("SIGHUP: %s: %s", self._path, taken)
+            for text in quick.follow(tunnel, config):
+                _log.warning("SIGHUP: %s", text)
+        notify.ready(f"{self._name} is up")
 
 
 def _clean(name: str, instance: Instance) -> tuple[list[str], bool]:

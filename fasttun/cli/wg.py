@@ -22,6 +22,7 @@ from .._version import __version__
 from ..errors import ConfigurationError, DeviceError
 from ..observe import Observers
 from . import report
+from .options import METRICS, METRICS_ATTRIBUTES
 from .serve import _Signals, _Watched
 from .updown import _hide_memory, _in_background
 
@@ -60,9 +61,10 @@ For wg-quick: WG_QUICK_USERSPACE_IMPLEMENTATION=fasttun-wg wg-quick up NAME
 @click.command(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_HELP)
 @click.option("-f", "--foreground", is_flag=True, help="Stay in the foreground; tell systemd when it is up.")
 @click.option("--user", metavar="NAME", help="Become this user once set up; ports below 1024 are then out of reach.")
+@click.option(METRICS, **METRICS_ATTRIBUTES)
 @click.version_option(__version__, message="fasttun %(version)s")
 @click.argument("name", metavar="NAME")
-def wg(name: str, foreground: bool, user: str | None) -> int:
+def wg(name: str, foreground: bool, user: str | None, metrics: str | None) -> int:
     """Make the WireGuard device NAME, which the programs wg, wg-quick and ip then set up.
 
     Returns once it is there; a process in the background keeps it, until it is deleted (ip link del NAME).
@@ -72,7 +74,7 @@ def wg(name: str, foreground: bool, user: str | None) -> int:
     if verbosity == _SILENT:
         logging.disable()
     _check(name)
-    device = _Device(name, _descriptor("WG_TUN_FD"), _descriptor("WG_UAPI_FD"), _account(user))
+    device = _Device(name, _descriptor("WG_TUN_FD"), _descriptor("WG_UAPI_FD"), _account(user), metrics)
     if foreground or os.environ.get("WG_PROCESS_FOREGROUND") == "1":
         return device.run(lambda: notify.ready(f"{name} is there"))
     return _in_background(device.run, verbosity)
@@ -115,11 +117,13 @@ def _account(name: str | None) -> Account | None:
 class _Device:
     """One device from set-up to end, in this process."""
 
-    def __init__(self, name: str, tun_fd: int | None, uapi_fd: int | None, account: Account | None) -> None:
+    def __init__(self, name: str, tun_fd: int | None, uapi_fd: int | None, account: Account | None,
+                 metrics: str | None) -> None:
         self._name = name
         self._tun_fd = tun_fd
         self._uapi_fd = uapi_fd
         self._account = account
+        self._metrics = metrics
         self._control: ControlSocket | None = None
 
     def run(self, tell: Callable[[], object]) -> int:
@@ -132,7 +136,7 @@ class _Device:
                 name=self._name, tun_fd=self._tun_fd, configure=False,
                 before_threads=lambda: self._listen(tunnel, signals),
             )  # fmt: skip
-            self._observers = Observers(tunnel)
+            self._observers = Observers(tunnel, metrics=self._metrics)
             try:
                 with tunnel:
                     assert self._control is not None

@@ -1,5 +1,7 @@
 """The order of the demo: hosts, tunnel, ping, file; the same encrypted and by the pure-Python tunnel; a table.
 
+What `fasttun top` and `fasttun status` show stands between: of traffic of its own, so that it costs no figure.
+
 Nothing remains afterwards, however it ends: the hosts have no names, the file has none either, and the
 programs die with this process.
 """
@@ -31,10 +33,12 @@ __all__ = ["Outcome", "run"]
 INNER = ("10.7.0.1", "10.7.0.2")  # the client, which sends; the listener, which receives
 PURE_PYTHON_MTU = 1500 - 20 - 8 - 4  # IPv4, UDP, packet information
 PORT = 7000
-LISTENER_DEVICE = "demo0"
 PINGS = 10
 BASELINE_LIMIT_S = 120.0
 SPARE_BYTES = 64 << 20  # what must stay free on the disk
+LOOK_TRAFFIC_S = 10.0  # at most; it ends when there has been a look
+WIDEST_LOOK, NARROWEST_LOOK, LOOK_INDENT = 100, 40, 4  # columns
+LOOK_LINES = 20
 
 _HERE = Path(__file__).resolve().parent
 _TRANSFER = (sys.executable, "-I", str(_HERE / "transfer.py"))
@@ -62,6 +66,7 @@ class _Contender:
     name: str
     start: Callable[[Host, Host, TextIO], list[Program]]
     limit_s: float
+    look: bool = False
 
 
 def run(
@@ -79,9 +84,10 @@ def run(
     HostError: not root, a program or space is missing, a tunnel failed, or the two hashes differ.
     """
     requirements()
-    contenders = [_Contender("fasttun", _start_fasttun, 3600)]
-    if importlib.util.find_spec("nacl") is not None:
-        contenders.append(_Contender("fasttun, encrypted", _start_encrypted, 3600))
+    encrypted = importlib.util.find_spec("nacl") is not None
+    contenders = [_Contender("fasttun", _start_fasttun, 3600, look=not encrypted)]
+    if encrypted:
+        contenders.append(_Contender("fasttun, encrypted", _start_encrypted, 3600, look=True))
     else:
         print("The encrypted tunnel is left out: pip install 'fasttun[wireguard]'", file=out)
     if baseline:
@@ -115,27 +121,52 @@ def _one(out: TextIO, contender: _Contender, file: BinaryIO, size_bytes: int, pl
             flush=True,
         )
         outcome = _send(out, contender, client, listener, programs, file, size_bytes, echoes, plain)
-        if contender.start is _start_encrypted:
-            _look_at(out, listener)
+        if contender.look:
+            _look_at(out, client, listener)
         for program in reversed(programs):
             program.stop()
         return outcome
 
 
-def _look_at(out: TextIO, listener: Host) -> None:
-    """What `fasttun status` and `fasttun top` say of the listener's tunnel."""
-    for words in (["status", LISTENER_DEVICE], ["top", LISTENER_DEVICE, "--count", "3", "--interval", "0.3"]):
-        if words[0] == "top" and importlib.util.find_spec("rich") is None:
-            continue
-        print(f"  {listener.name:8} $ fasttun {shlex.join(words)}", file=out)
-        shown = listener.run("env", "COLUMNS=90", "LINES=20", sys.executable, "-m", "fasttun", *words).stdout
-        print("\n".join(f"    {line}".rstrip() for line in shown.splitlines()), file=out, flush=True)
+def _look_at(out: TextIO, client: Host, listener: Host) -> None:
+    """What `fasttun top` and `fasttun status` say of the listener's tunnel while something flows through it."""
+    device = _listener_device()
+    with _flowing(client, listener):
+        _show(out, listener, "top", device, "--count", "8", "--interval", "0.2")
+        _show(out, listener, "status", device)
+
+
+@contextlib.contextmanager
+def _flowing(client: Host, listener: Host) -> Iterator[None]:
+    """Traffic from the client to the listener meanwhile."""
+    with _talking(listener, "receive", INNER[1], str(PORT + 1)) as receiver:
+        next(receiver)  # it listens
+        with _talking(client, "flow", INNER[1], str(PORT + 1), str(LOOK_TRAFFIC_S)) as sender:
+            next(sender)
+            yield
+
+
+def _show(out: TextIO, host: Host, *words: str) -> None:
+    """The command and what it prints, within the terminal's width; in place of that, why it failed."""
+    width = min(WIDEST_LOOK, max(NARROWEST_LOOK, shutil.get_terminal_size().columns - LOOK_INDENT))
+    print(f"  {host.name:8} $ fasttun {shlex.join(words)}", file=out)
+    size = ["env", f"COLUMNS={width}", f"LINES={LOOK_LINES}"]
+    done = host.run(*size, sys.executable, "-m", "fasttun", *words, check=False)
+    lines = done.stdout.splitlines() if done.returncode == 0 else done.stderr.splitlines()[-1:]
+    for line in lines:
+        print((" " * LOOK_INDENT + line).rstrip(), file=out)
+    out.flush()
+
+
+def _listener_device() -> str:
+    """Of this process alone: all tunnels of a machine are found by their devices' names."""
+    return f"demo{os.getpid()}"
 
 
 def _start_fasttun(client: Host, listener: Host, out: TextIO) -> list[Program]:
     programs = []
     for host, arguments in (
-        (listener, ["--listen", "--address", f"{INNER[1]}/24"]),
+        (listener, ["--listen", "--device", _listener_device(), "--address", f"{INNER[1]}/24"]),
         (client, ["--server", listener.outer, "--address", f"{INNER[0]}/24"]),
     ):
         print(f"  {host.name:8} $ fasttun {shlex.join(arguments)}", file=out, flush=True)
@@ -150,7 +181,7 @@ def _start_encrypted(client: Host, listener: Host, out: TextIO) -> list[Program]
     print(f"  {'both':8} $ fasttun genkey > KEY; fasttun pubkey < KEY", file=out)
     programs = []
     for host, other, arguments in (
-        (listener, client, ["--listen", "--device", LISTENER_DEVICE, "--address", f"{INNER[1]}/24"]),
+        (listener, client, ["--listen", "--device", _listener_device(), "--address", f"{INNER[1]}/24"]),
         (client, listener, ["--server", listener.outer, "--address", f"{INNER[0]}/24"]),
     ):
         peer = ["--peer", str(keys[other].public)]

@@ -3,6 +3,7 @@
     transfer.py ping HOST COUNT                       {"sent", "received", "min_ms", "avg_ms"}
     transfer.py receive HOST PORT                     {"ready"}, then {"bytes", "sha256"}
     transfer.py send HOST PORT FILE SECONDS-AT-MOST   many {"bytes", "packets", "seconds"}, {"sha256"}
+    transfer.py flow HOST PORT SECONDS-AT-MOST        {"ready"}, then zeros to a "receive", whatever they cost
 
 Each answer is one JSON object on a line of stdout. `packets` are TCP segments as the kernel counts them at
 the sender, so a segmentation frame of 64 KiB counts as all the packets that it stands for.
@@ -105,6 +106,15 @@ def send(host: str, port: int, path: str, limit_s: float) -> None:
         answer(sha256=digest.hexdigest())
 
 
+def flow(host: str, port: int, limit_s: float) -> None:
+    """Sends for so long, or until it is ended."""
+    with socket.create_connection((host, port), _STALLED_AFTER_MS / 1000) as sock:
+        answer(ready=True)
+        end, chunk = time.monotonic() + limit_s, bytes(_CHUNK_BYTES)
+        while time.monotonic() < end:
+            sock.sendall(chunk)
+
+
 def _report(sock: socket.socket, seconds: float) -> None:
     acknowledged, packets = _tcp_info(sock)
     answer(bytes=acknowledged, packets=packets, seconds=seconds)
@@ -124,6 +134,8 @@ def main(words: list[str]) -> int:
             ping(words[1], int(words[2]))
         elif words[0] == "receive":
             receive(words[1], int(words[2]))
+        elif words[0] == "flow":
+            flow(words[1], int(words[2]), float(words[3]))
         else:
             send(words[1], int(words[2]), words[3], float(words[4]))
     except OSError as error:

@@ -2,7 +2,7 @@
 
     snapshot    a tunnel as one JSON document     server, client   the control socket that answers with it
     metrics     the same for Prometheus           web              the page and the metrics over HTTP
-    capture, filter, pcapng                       packets of a running tunnel
+    capture, filter, local, pcapng                packets of a running tunnel
     handshakes, stream                            those that pass by no engine; a capture over the control socket
 
 `Observers` opens and closes what a running tunnel offers. Not for: showing it (fasttun/cli).

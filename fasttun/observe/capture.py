@@ -19,10 +19,11 @@ from .._version import __version__
 from ..errors import ConfigurationError
 from . import pcapng
 from .filter import compile_filter
+from .local import LocalAddresses
 
 if TYPE_CHECKING:
     from .._core import Engine
-    from .handshakes import HandshakeTap
+    from .handshakes import HandshakeTap, KeyQueue
 
     Source = Engine | HandshakeTap
 
@@ -55,44 +56,55 @@ class Capture:
         self._snap_length = snap_length
         self._stop = threading.Event()
         self._packets = self._missed = 0
+        self._addresses = LocalAddresses()
 
     def stop(self) -> None:
         """Ends `run` soon. Any thread."""
         self._stop.set()
 
     def run(self, engines: Sequence[Source], device: str, write: Callable[[bytes], object], *,
-            local_port: int = 0, limit: int | None = None, seconds: float | None = None) -> Captured:
+            local_port: int = 0, limit: int | None = None, seconds: float | None = None,
+            keys: KeyQueue | None = None, begun: Callable[[], object] = bool) -> Captured:
         """Writes pcapng by `write` until `stop`, `limit` packets, or `seconds` have passed, and what is left then.
 
+        keys: what is in it is written before the packets that it opens. begun: called once packets are taken.
         An error that `write` raises ends the capture and goes on to the caller.
         """
         end = None if seconds is None else time.monotonic() + seconds
         self._packets = self._missed = 0
         with self._rings(engines, local_port):
             write(pcapng.header(device, self._snap_length, f"fasttun {__version__}"))
+            begun()
             while not self._stop.is_set() and self._packets != limit and (end is None or time.monotonic() < end):
-                if not self._pass_on(engines, write, limit):
+                if not self._pass_on(engines, write, limit, keys):
                     self._stop.wait(PAUSE_S)
-        while self._packets != limit and self._pass_on(engines, write, limit):
+        while self._packets != limit and self._pass_on(engines, write, limit, keys):
             pass  # what the rings still held
         # One ring serves both interfaces: the loss is written down once.
         interface = pcapng.INNER if self._inner else pcapng.OUTER
         write(pcapng.statistics(interface, time.time_ns(), self._missed))
         return Captured(self._packets, self._missed)
 
-    def _pass_on(self, engines: Sequence[Source], write: Callable[[bytes], object], limit: int | None) -> int:
+    def _pass_on(self, engines: Sequence[Source], write: Callable[[bytes], object], limit: int | None,
+                 keys: KeyQueue | None) -> int:
         """Writes what the rings hold, in the order of time; how many packets that was."""
         found = [engine.capture_read() for engine in engines]
+        # Only now: a key is queued before the packet that was made with it is sent.
+        for text in keys.take() if keys is not None else ():
+            write(pcapng.secrets(text))
         self._missed = sum(missed for _, missed in found)
         ordered = list(heapq.merge(*(taken for taken, _ in found), key=itemgetter(0)))
         if limit is not None:
             ordered = ordered[:limit - self._packets]
         self._packets += len(ordered)
         if ordered:
-            write(b"".join(
-                pcapng.packet(pcapng.OUTER if outer else pcapng.INNER, at, outbound, length, data)
-                for at, outer, outbound, length, data in ordered))
+            write(b"".join(self._block(*record) for record in ordered))
         return len(ordered)
+
+    def _block(self, at_ns: int, outer: bool, outbound: bool, length: int, data: bytes) -> bytes:
+        if outer:
+            return pcapng.packet(pcapng.OUTER, at_ns, outbound, length, self._addresses.fill(data, outbound=outbound))
+        return pcapng.packet(pcapng.INNER, at_ns, outbound, length, data)
 
     @contextlib.contextmanager
     def _rings(self, engines: Sequence[Source], local_port: int) -> Iterator[None]:

@@ -1,30 +1,34 @@
-"""The handshake messages that a WireGuard tunnel's control thread sends, for a capture of outer packets.
+"""What a tunnel's control thread sends, for a capture of outer packets: handshake messages, a client's greetings.
 
 They do not pass the loop, so they are no business of its ring: `HandshakeTap` stands beside the engines as one
-more source, with a small queue of its own. Those received do pass the loop.
+more source, with a small queue of its own. Those received do pass the loop. `KeyQueue` holds the handshakes' keys
+on their way into a capture that was asked to have them.
 """
 
 from __future__ import annotations
 
 import struct
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from ipaddress import IPv4Address, IPv6Address
 from typing import TYPE_CHECKING
 
 from .._core import SIDES
+from .local import header_checksum
 
 if TYPE_CHECKING:
     from ..endpoint import Endpoint
     from .filter import Clause
 
-__all__ = ["HandshakeTap", "datagram_packet", "matches"]
+__all__ = ["HandshakeTap", "KeyQueue", "datagram_packet", "matches"]
 
 Address = IPv4Address | IPv6Address
 Record = tuple[int, bool, bool, int, bytes]
 
 QUEUE = 1024
 """Messages; some 150 KiB. A tunnel sends that many only under a flood of handshakes."""
+KEYS = 16384
+"""Texts; some 4 MiB. A reader that lets more wait goes without the rest."""
 _UDP = 17
 _WITH_PORTS = (6, 17, 33, 132, 136)
 
@@ -69,6 +73,23 @@ class HandshakeTap:
         return [self._queue.popleft() for _ in range(min(limit, len(self._queue)))], self._missed
 
 
+class KeyQueue:
+    """Texts of a key log that wait for the capture. `add` in the tunnel's threads, `take` in the capture's."""
+
+    def __init__(self) -> None:
+        self._texts: deque[str] = deque()
+
+    def add(self, text: str) -> None:
+        """Not one more than KEYS."""
+        if len(self._texts) < KEYS:
+            self._texts.append(text)
+
+    def take(self) -> Iterator[str]:
+        """What there is, each once."""
+        while self._texts:
+            yield self._texts.popleft()
+
+
 def datagram_packet(data: bytes, local: Address | None, local_port: int, remote: Address, port: int) -> bytes:
     """The IP packet around a UDP datagram to `remote`, without UDP checksum; zeros for a local address not known."""
     size = len(data) + 8
@@ -79,10 +100,7 @@ def datagram_packet(data: bytes, local: Address | None, local_port: int, remote:
     if len(to) == 16:
         return struct.pack("!IHBB", 6 << 28, size, _UDP, 64) + from_.rjust(16, b"\0") + to + udp + data
     header = struct.pack("!BBHHHBBH", 0x45, 0, size + 20, 0, 0x4000, 64, _UDP, 0) + from_ + to
-    total = sum(struct.unpack("!10H", header))
-    total = (total & 0xFFFF) + (total >> 16)
-    total = ~((total & 0xFFFF) + (total >> 16)) & 0xFFFF
-    return header[:10] + struct.pack("!H", total) + header[12:] + udp + data
+    return header[:10] + header_checksum(header) + header[12:] + udp + data
 
 
 def matches(clauses: Sequence[Clause], packet: bytes) -> bool:

@@ -5,10 +5,12 @@ Names follow the Prometheus conventions; contrib/grafana-dashboard.json uses the
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ..stats import BURST_LIMITS
 from .snapshot import snapshot
 
 if TYPE_CHECKING:
@@ -22,7 +24,12 @@ class _Collector:
         self._tunnel = tunnel
 
     def collect(self) -> Iterator[Metric]:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+            InfoMetricFamily,
+        )
 
         now = snapshot(self._tunnel)
         info = InfoMetricFamily("fasttun", "What runs.")
@@ -40,6 +47,12 @@ class _Collector:
             for direction, counted in directions:
                 family.add_metric([direction], counted[field])
             yield family
+        bursts = HistogramMetricFamily("fasttun_burst_packets", "Packets that one system call carried.",
+                                       labels=["direction", "side"])
+        for direction, counted in directions:
+            for side, field in (("in", "bursts_in"), ("out", "bursts_out")):
+                bursts.add_metric([direction, side], *_buckets(counted[field]))
+        yield bursts
         drops = CounterMetricFamily("fasttun_drops", "Packets dropped.", labels=["direction", "reason"])
         for direction, counted in directions:
             for reason, count in counted["drops"].items():
@@ -65,6 +78,12 @@ class _Collector:
         yield from _peers(now["peers"])
 
 
+def _buckets(bursts: dict[str, Any]) -> tuple[list[tuple[str, float]], float]:
+    """Cumulative counts by upper bound, the last without one; and the sum of what was measured."""
+    bounds = [*(f"{limit}.0" for limit in BURST_LIMITS), "+Inf"]
+    return list(zip(bounds, itertools.accumulate(bursts["calls"]), strict=True)), bursts["packets"]
+
+
 def _peers(peers: list[dict[str, Any]]) -> Iterator[Metric]:
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
@@ -79,12 +98,25 @@ def _peers(peers: list[dict[str, Any]]) -> Iterator[Metric]:
             family.add_metric([peer["id"]], peer[field])
         yield family
     age = GaugeMetricFamily("fasttun_peer_handshake_age_seconds", "Since the last handshake.", labels=["peer"])
+    round_trip = GaugeMetricFamily("fasttun_peer_round_trip_seconds", "Of the last greeting or handshake answered.",
+                                   labels=["peer"])
+    loss = GaugeMetricFamily("fasttun_peer_loss_ratio", "Of greetings unanswered, or of data packets lately lost.",
+                             labels=["peer"])
+    expected = CounterMetricFamily("fasttun_peer_expected_packets", "Packets sent by the peer, by their counters.",
+                                   labels=["peer"])
     silent = GaugeMetricFamily("fasttun_peer_silent_seconds", "Since the peer was last heard.", labels=["peer"])
     for peer in peers:
         if peer.get("last_handshake"):
             age.add_metric([peer["id"]], time.time() - peer["last_handshake"])
         if peer.get("silent_s") is not None:
             silent.add_metric([peer["id"]], peer["silent_s"])
+        if peer["round_trip_s"] is not None:
+            round_trip.add_metric([peer["id"]], peer["round_trip_s"])
+        if peer["loss"] is not None:
+            loss.add_metric([peer["id"]], peer["loss"])
+        if "rx_expected" in peer:
+            expected.add_metric([peer["id"]], peer["rx_expected"])
+    yield from (round_trip, loss, expected)
     yield age
     yield silent
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from .._version import __version__
 from ..errors import FasttunError
-from ..stats import DirectionStats, PeerStats, WireGuardPeer
+from ..stats import Bursts, DirectionStats, PeerStats, WireGuardPeer
 
 __all__ = ["SCHEMA", "snapshot"]
 
@@ -32,7 +32,8 @@ def snapshot(tunnel: Any) -> dict[str, Any]:
         "name": _name(tunnel),
         "running": tunnel.running,
         "uptime_s": round(stats.uptime_s, 3),
-        "device": {"name": _name(tunnel), "mtu": tunnel.mtu, "addresses": _addresses(tunnel)},
+        "device": {"name": _name(tunnel), "mtu": tunnel.mtu, "addresses": _addresses(tunnel),
+                   "routes": [str(network) for network in tunnel.routes]},
         "local_port": tunnel.local_port,
         "offloads": dict(stats.offloads),
         "aead": stats.aead or None,
@@ -62,7 +63,12 @@ def _direction(direction: DirectionStats) -> dict[str, Any]:
     return {
         "packets_in": direction.packets_in, "bytes_in": direction.bytes_in, "packets_out": direction.packets_out,
         "bytes_out": direction.bytes_out, "drops": dict(direction.drops),
+        "bursts_in": _bursts(direction.bursts_in), "bursts_out": _bursts(direction.bursts_out),
     }
+
+
+def _bursts(bursts: Bursts) -> dict[str, Any]:
+    return {"calls": list(bursts.calls), "packets": bursts.packets}
 
 
 def _plain(peer: PeerStats) -> dict[str, Any]:
@@ -74,6 +80,7 @@ def _plain(peer: PeerStats) -> dict[str, Any]:
         "silent_s": None if math.isinf(peer.silent_s) else round(peer.silent_s, 3),
         "rx_packets": peer.inbound_packets, "rx_bytes": peer.inbound_bytes,
         "tx_packets": peer.outbound_packets, "tx_bytes": peer.outbound_bytes,
+        "round_trip_s": peer.round_trip_s, "loss": peer.loss,
     }
 
 
@@ -86,6 +93,7 @@ def _wireguard(peer: WireGuardPeer) -> dict[str, Any]:
         "persistent_keepalive": peer.persistent_keepalive,
         "preshared_key": peer.preshared_key is not None,
         "queued": peer.queued,
-        "rx_packets": peer.rx_packets, "rx_bytes": peer.rx_bytes,
+        "rx_packets": peer.rx_packets, "rx_bytes": peer.rx_bytes, "rx_expected": peer.rx_expected,
         "tx_packets": peer.tx_packets, "tx_bytes": peer.tx_bytes,
+        "round_trip_s": peer.round_trip_s, "loss": peer.loss,
     }

@@ -3,24 +3,30 @@
     {"request": "capture", "what": "inner", "filter": "tcp port 80", "snap_length": 96, "count": 10, "seconds": 5}
 
 All fields but the first may be left out. The answer's first line is {"capture": 1, "name": DEVICE} or an error.
+"keys": true puts the WireGuard keys that open the outer packets into the file, for root and the tunnel's own user;
+"handshake": true makes new sessions at the capture's begin, since those from before cannot be opened.
 Whoever reads ends it by closing its writing half: then come what the rings still held, and the statistics.
 A reader that does not read keeps only its own thread waiting; the loops count what it misses.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import select
 import socket
+import stat
 import struct
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigurationError, StateError
 from .capture import SNAP_LENGTH, Capture
 from .client import Running
-from .handshakes import HandshakeTap
+from .handshakes import HandshakeTap, KeyQueue
 from .pcapng import INNER
 from .server import ControlServer
 
@@ -39,45 +45,66 @@ _LARGEST_BLOCK = SNAP_LENGTH + 4096
 
 def register(server: ControlServer, tunnel: Any) -> None:
     """Lets the tunnel's control socket answer "capture"."""
-    server.register("capture", _Streams(tunnel))
+    server.register("capture", _Streams(tunnel, server))
 
 
 class _Streams:
     """The handler: one capture at a time."""
 
-    def __init__(self, tunnel: Any) -> None:
+    def __init__(self, tunnel: Any, server: ControlServer) -> None:
         self._tunnel = tunnel
+        self._server = server
         self._one = threading.Lock()
+        self.taking = False
+        """Whether packets that pass are in a capture."""
 
     def __call__(self, connection: socket.socket, asked: dict[str, Any]) -> None:
         limit, seconds = _number(asked, "count", int), _number(asked, "seconds", float)
         capture = Capture(what=_text(asked, "what", "inner"), filter=_text(asked, "filter", ""),
                           snap_length=int(_number(asked, "snap_length", int) or SNAP_LENGTH))
+        keys, handshake = _flag(asked, "keys"), _flag(asked, "handshake")
+        if (keys or handshake) and not hasattr(self._tunnel, "key_log"):
+            raise ConfigurationError("keys" if keys else "handshake", "is for encrypted tunnels; this one is plain")
+        if keys:
+            _check_may_have_keys(connection, self._server.path)
         if not self._tunnel.running:
             raise StateError("it does not run")
         if not self._one.acquire(blocking=False):
             raise StateError("its packets are being captured already; one capture at a time")
         try:
-            self._run(capture, connection, int(limit) if limit is not None else None, seconds)
+            self._run(capture, connection, int(limit) if limit is not None else None, seconds, keys, handshake)
         finally:
+            self.taking = False
             self._one.release()
+        connection.shutdown(socket.SHUT_WR)  # not before: who reads the end may begin another one at once
 
-    def _run(self, capture: Capture, connection: socket.socket, limit: int | None, seconds: float | None) -> None:
+    def _run(self, capture: Capture, connection: socket.socket, limit: int | None, seconds: float | None,
+             with_keys: bool, handshake: bool) -> None:
         tunnel = self._tunnel
+        keys = KeyQueue() if with_keys else None
         device = tunnel.device.name if tunnel.device is not None else getattr(tunnel, "name", "descriptor")
         tap = HandshakeTap() if hasattr(tunnel, "tap") else None
         sources = [*tunnel._engines, *([tap] if tap is not None else [])]
         answer = json.dumps({"capture": VERSION, "name": device}).encode() + b"\n"
         sink = _Sink(connection, tunnel, answer)
         ended = threading.Event()
+
+        def begun() -> None:
+            self.taking = True
+            if handshake:
+                tunnel.new_handshakes()
+
         watch = threading.Thread(target=_until_asked, args=(connection, tunnel, capture, ended),
                                  name="fasttun-capture", daemon=True)
         watch.start()
         if tap is not None:
             tunnel.tap = tap
         try:
-            capture.run(sources, device, sink.write, local_port=tunnel.local_port, limit=limit, seconds=seconds)
-            connection.shutdown(socket.SHUT_RDWR)  # wakes the watch, too
+            with tunnel.key_log(keys.add) if keys is not None else contextlib.nullcontext(), \
+                    tunnel.through_the_loop():
+                capture.run(sources, device, sink.write, local_port=tunnel.local_port, limit=limit, seconds=seconds,
+                            keys=keys, begun=begun)
+            connection.shutdown(socket.SHUT_RD)  # wakes the watch
         finally:
             if tap is not None:
                 tunnel.tap = None
@@ -114,6 +141,23 @@ class _Sink:
             except TimeoutError:
                 if not self._tunnel.running:
                     raise
+
+
+def _check_may_have_keys(connection: socket.socket, path: Path | None) -> None:
+    """StateError unless root or the tunnel's own user asks, by a socket that is closed to others."""
+    _, uid, _ = struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    if uid not in (0, os.geteuid()):
+        raise StateError("its keys are for root and for the user that runs it")
+    mode = stat.S_IMODE(os.stat(path).st_mode) if path is not None else 0
+    if mode & 0o077:
+        raise StateError(f"its keys are not told by a socket that others may use: chmod 600 {path}")
+
+
+def _flag(asked: dict[str, Any], field: str) -> bool:
+    value = asked.get(field, False)
+    if not isinstance(value, bool):
+        raise ConfigurationError(field, f"{value!r} is neither true nor false")
+    return value
 
 
 def _text(asked: dict[str, Any], field: str, default: str) -> str:

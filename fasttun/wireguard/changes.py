@@ -136,8 +136,7 @@ class SourceMark:
     @classmethod
     def now(cls) -> SourceMark:
         """With today's value as the one to put back."""
-        with reported("read", str(cls.PATH)):
-            return cls(cls.PATH.read_text().strip())
+        return cls(cls._read())
 
     def apply(self) -> None:
         if self.before != "1":
@@ -145,12 +144,21 @@ class SourceMark:
 
     def undo(self) -> None:
         # Another full tunnel relies on it as well, and found it set already: then it stays.
-        if self.before != "1" and not _marks_are_routed():
+        if self._read() != self.before and not _marks_are_routed():
             self._write(self.before)
 
+    @classmethod
+    def _read(cls) -> str:
+        with reported("read", str(cls.PATH)):
+            return cls.PATH.read_text().strip()
+
     def _write(self, value: str) -> None:
-        with reported("write", str(self.PATH)):
+        with reported("write", str(self.PATH), _read_only_hint):
             self.PATH.write_text(value)
+
+
+def _read_only_hint(code: int) -> str:
+    return "in a container: run it with --sysctl net.ipv4.conf.all.src_valid_mark=1" if code == errno.EROFS else ""
 
 
 def _marks_are_routed() -> bool:

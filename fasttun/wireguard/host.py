@@ -20,10 +20,12 @@ from typing import Any, Final
 from .._core import NEWS_FLAGS, SessionTable
 from ..endpoint import Endpoint, resolve
 from ..errors import ConfigurationError, FasttunError
-from ..stats import WireGuardPeer
+from ..stats import LossWindow, WireGuardPeer
+from . import keylog
 from .config import PeerConfig
 from .interface import Interface
 from .keys import PresharedKey, PrivateKey, PublicKey
+from .messages import TYPE_INITIATION, TYPE_RESPONSE, message_type
 from .outputs import (
     ActivateKeypair,
     Drop,
@@ -65,7 +67,7 @@ KEEP: Final = Keep.KEEP
 class _Member:
     """What the host knows of a peer beyond the protocol: its number in the engine, its networks, its name."""
 
-    __slots__ = ("allowed_ips", "given", "name", "number", "peer")
+    __slots__ = ("allowed_ips", "given", "initiated_at", "losses", "name", "number", "peer", "round_trip_s")
 
     def __init__(self, peer: Peer, number: int, name: str | None, given: str | None) -> None:
         self.peer = peer
@@ -74,6 +76,10 @@ class _Member:
         self.given = given
         """The endpoint as it was configured: a name is looked up again when the peer does not answer."""
         self.allowed_ips: dict[Network, None] = {}
+        self.losses = LossWindow()
+        self.initiated_at: float | None = None
+        """When the last initiation was sent, monotonic; None once it has been answered."""
+        self.round_trip_s: float | None = None
 
 
 class Host:
@@ -121,6 +127,7 @@ class Host:
         """
         with self.guard:  # what is in the news must not outlive a change of configuration
             messages, news, backlog, lost = self._table.take(MESSAGES_A_TURN)
+            taken_at = time.monotonic()
             for item in news:  # first: a message may push out the session that was heard
                 self._take_news(*item)
         waiting = backlog + len(messages)
@@ -129,10 +136,20 @@ class Host:
             with self.guard:
                 outputs = self._protocol.consume(
                     datagram, Endpoint(*source), time.monotonic(), time.time(), backlog=waiting)
+                self._note_round_trip(datagram, outputs, taken_at)
                 self._carry_out(outputs, Endpoint(*source), local)
         with self.guard:
             self._carry_out(self._protocol.tick(time.monotonic(), time.time()))
         return backlog, bool(news), lost
+
+    def _note_round_trip(self, datagram: bytes, outputs: Iterable[Output], taken_at: float) -> None:
+        """A response that was taken answers the last initiation: an earlier one's is not known any more."""
+        for output in outputs:
+            if isinstance(output, HandshakeDone) and message_type(datagram) == TYPE_RESPONSE:
+                member = self._members.get(output.peer.public_key)
+                if member is not None and member.initiated_at is not None:
+                    member.round_trip_s = taken_at - member.initiated_at
+                    member.initiated_at = None
 
     def _take_news(self, number: int, flags: int, index: int, source: tuple[Any, int, int], counter: int) -> None:
         member = self._by_number.get(number)
@@ -166,6 +183,8 @@ class Host:
             if isinstance(output, Send):
                 if output.endpoint != source and member is not None:
                     local = self._table.peer_counters(member.number)["local"]
+                if member is not None and message_type(output.datagram) == TYPE_INITIATION:
+                    member.initiated_at = time.monotonic()
                 self._send(output.datagram, output.endpoint, local)
             elif member is not None:
                 self._carry_out_for(member, output, local)
@@ -190,6 +209,24 @@ class Host:
             log.debug("session with peer %r", member.peer.public_key)
             if self._told is not None:
                 self._told.append(self._snapshot(member))
+
+    def log_keys(self, write: Callable[[str], object] | None) -> None:
+        """From now on `write` gets what opens a capture (`keylog`), first the device's own keys; None ends it."""
+        with self.guard:
+            private_key = self._protocol.private_key
+            self._protocol.key_log = None
+            if write is None:
+                return
+            if private_key is not None:
+                for text in keylog.of_device(private_key, self._members):
+                    write(text)
+            self._protocol.key_log = lambda *keys: write(keylog.of_handshake(*keys))
+
+    def new_handshakes(self) -> None:
+        """Begins one with every peer that can be reached; 5 s after the last one with it, if that is later."""
+        with self.guard:
+            for member in self._members.values():
+                self._carry_out(self._protocol.new_handshake(member.peer, time.monotonic(), time.time()))
 
     def keepalive_all(self) -> None:
         """An authentic packet to every peer with a session, such as when our port has changed."""
@@ -275,7 +312,7 @@ class Host:
 
     def update_peer(
         self, public_key: PublicKey, *, preshared_key: PresharedKey | Keep | None, endpoint: Endpoint | Keep,
-        persistent_keepalive: int | Keep, allowed_ips: Iterable[Network], replace_allowed_ips: bool,
+        name: str | None, persistent_keepalive: int | Keep, allowed_ips: Iterable[Network], replace_allowed_ips: bool,
         remove_allowed_ips: Iterable[Network],
     ) -> None:
         """As `WireGuard.update_peer`."""
@@ -287,7 +324,7 @@ class Host:
                 secret = copy.copy(preshared_key) if preshared_key is not None else None
                 self._protocol.set_preshared_key(member.peer, secret)
             if not isinstance(endpoint, Keep):
-                member.given = str(endpoint)
+                member.given = name or str(endpoint)
                 self._set_endpoint(member, endpoint)
             gone = list(member.allowed_ips) if replace_allowed_ips else list(remove_allowed_ips)
             for network in gone:
@@ -362,7 +399,9 @@ class Host:
             rx_bytes=counted["rx_bytes"] + peer.handshake_rx_bytes,
             tx_bytes=counted["tx_bytes"] + peer.handshake_tx_bytes,
             rx_packets=counted["rx_packets"], tx_packets=counted["tx_packets"],
-            persistent_keepalive=int(peer.timers.persistent_keepalive), queued=counted["queued"])
+            persistent_keepalive=int(peer.timers.persistent_keepalive), queued=counted["queued"],
+            rx_expected=counted["rx_expected"], round_trip_s=member.round_trip_s,
+            loss=member.losses.loss(time.monotonic(), counted["rx_expected"], counted["rx_packets"]))
 
 
 def _configuration(member: _Member) -> PeerConfig:

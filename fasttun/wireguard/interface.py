@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -62,6 +62,10 @@ MAX_PERSISTENT_KEEPALIVE = 65535
 """Seconds; the greatest that the control protocol can say."""
 
 
+KeyLog = Callable[[PrivateKey, PublicKey, PrivateKey, PresharedKey], object]
+"""Given our static key, the peer's, our ephemeral key and the preshared one; must keep no reference to them."""
+
+
 class IndexOwner(NamedTuple):
     """Who has an index: a session, or with `keypair` None a handshake that we began."""
 
@@ -85,6 +89,8 @@ class Interface:
         self._limiter = RateLimiter()
         self._wake_ups: list[tuple[float, int, Peer]] = []
         self._wake_up_order = itertools.count()
+        self.key_log: KeyLog | None = None
+        """Called with the keys of each handshake message of ours before it is sent; None but on a person's request."""
         self.set_private_key(private_key)
 
     # configuration
@@ -229,6 +235,17 @@ class Interface:
         self._schedule(peer)
         return outputs
 
+    def new_handshake(self, peer: Peer, now: float, wall: float) -> list[Output]:
+        """Renew the session, though the one that there is may be good: now, or as soon as that is allowed."""
+        if peer.removed or peer.endpoint is None or self._private_key is None:
+            return []
+        at_once = peer.timers.may_initiate(now)
+        outputs = self._want_handshake(peer, now, wall)
+        if not at_once:
+            peer.timers.initiate_later()
+        self._schedule(peer)
+        return outputs
+
     def data_sent(self, peer: Peer, now: float, wall: float) -> list[Output]:
         """Data was sent under the peer's current keypair. Once a burst is enough; not for keepalives.
 
@@ -325,7 +342,8 @@ class Interface:
                 raise Refused("initiation-flood")
             index = self._indices.allocate(IndexOwner(peer, None))
             try:
-                response, keys = received.respond(index, peer.preshared_key)
+                response, keys = received.respond(
+                    index, peer.preshared_key, ephemeral=self._draw_ephemeral(private_key, peer))
             except Refused:
                 self._indices.release(index)
                 raise
@@ -396,7 +414,8 @@ class Interface:
         index = self._indices.allocate(IndexOwner(peer, None))
         try:
             peer.handshake, initiation = InitiatorHandshake.begin(
-                self._private_key, peer.public_key, bytes(peer.static_static), index, peer.next_timestamp(wall)
+                self._private_key, peer.public_key, bytes(peer.static_static), index, peer.next_timestamp(wall),
+                ephemeral=self._draw_ephemeral(self._private_key, peer),
             )
         except Refused as refused:
             self._indices.release(index)
@@ -405,6 +424,13 @@ class Interface:
         peer.handshake_tx_bytes += len(message)
         peer.timers.initiation_sent(now)
         return [Send(message, peer.endpoint, peer)]
+
+    def _draw_ephemeral(self, private_key: PrivateKey, peer: Peer) -> PrivateKey:
+        """A new key for one handshake message, which wipes it."""
+        ephemeral = PrivateKey.generate()
+        if self.key_log is not None:
+            self.key_log(private_key, peer.public_key, ephemeral, peer.preshared_key)
+        return ephemeral
 
     def _keepalive(self, peer: Peer, now: float, wall: float) -> list[Output]:
         """Send a keepalive, or begin a handshake if there is no session to send it under."""

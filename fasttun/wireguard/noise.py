@@ -114,7 +114,8 @@ class InitiatorHandshake:
         """Make the first message (paper §5.4.2).
 
         static_static: `static.exchange(remote)`, which never changes. timestamp: 12 bytes (`tai64n.stamp`).
-        ephemeral: for known-answer tests only. Refused("low-order-key") when `remote` is a low-order point.
+        ephemeral: a fresh key, taken over; one is drawn here when there is none given. Refused("low-order-key")
+        when `remote` is a low-order point.
         """
         ephemeral = ephemeral or PrivateKey.generate()
         public = bytes(ephemeral.public)
@@ -176,7 +177,7 @@ class ReceivedInitiation:
     ) -> tuple[Response, TransportKeys]:
         """Make the second message (paper §5.4.3) and the session's keys. Only after `verify`.
 
-        ephemeral: for known-answer tests only. Refused("low-order-key") for a low-order ephemeral key.
+        ephemeral: as for `begin`; wiped here. Refused("low-order-key") for a low-order ephemeral key of the peer's.
         """
         ephemeral = ephemeral or PrivateKey.generate()
         public = bytes(ephemeral.public)

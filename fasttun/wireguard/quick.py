@@ -87,6 +87,7 @@ class Quick:
         self._table = None if config.table in ("auto", "off") else _table_number(config.table)
         self._chosen_mark = 0
         self._routes: list[dict[str, Any]] = []
+        self._added: dict[Network, dict[str, Any]] = {}
 
     def mtu(self) -> int:
         """Bytes: the file's, else the largest that fits the routes to the endpoints, else to the default gateway.
@@ -113,6 +114,33 @@ class Quick:
         except BaseException:
             self.undo()
             raise
+
+    def follow(self, tunnel: WireGuard, config: Config) -> list[str]:
+        """Go on with a changed `config`: its hooks at the end, its SaveConfig, routes to its peers' networks.
+
+        A default route comes and goes with the next start only, as a new Table does. Never raises: what failed, in
+        words.
+        """
+        before = self._networks()
+        self.config = dataclasses.replace(config, table=self.config.table)
+        if self.config.table == "off":
+            return []
+        wanted, whole = self._networks(), self._table is None
+        errors = [f"the route {network} counts at the next start"
+                  for network in sorted(before ^ wanted, key=str) if whole and network.prefixlen == 0]
+        try:
+            with netlink() as ipr:
+                for network in set(self._added) - wanted:
+                    if not whole or network.prefixlen:
+                        _delete_route(ipr, self._added.pop(network))
+                missing = wanted - set(self._added)
+                self._add_routes(tunnel, ipr, [network for network in missing if not whole or network.prefixlen])
+        except (FasttunError, OSError) as error:
+            errors.append(str(error))
+        return errors
+
+    def _networks(self) -> set[Network]:
+        return {network for peer in self.config.peers for network in peer.allowed_ips}
 
     def pre_down(self, tunnel: WireGuard) -> list[str]:
         """Run PreDown and do SaveConfig, while the tunnel still runs. Never raises: what failed, in words."""
@@ -172,20 +200,22 @@ class Quick:
     def _route(self, tunnel: WireGuard) -> None:
         if self.config.table == "off":
             return
-        networks = {network for peer in self.config.peers for network in peer.allowed_ips}
-        if not networks:
-            return
+        networks = self._networks()
+        if networks:
+            with netlink() as ipr:
+                self._add_routes(tunnel, ipr, networks)
+
+    def _add_routes(self, tunnel: WireGuard, ipr: Any, networks: Iterable[Network]) -> None:
         with reported("route into", self.name):
             index = socket.if_nametoindex(self.name)
         created = tunnel.device is not None and tunnel.device.created
-        with netlink() as ipr:
-            covered = _Covered(ipr, index) if self._table is None else None
-            # The most specific first: a route that was added just now covers none of those that follow.
-            for network in sorted(networks, key=lambda network: -network.prefixlen):
-                if self._table is None and network.prefixlen == 0:
-                    self._default_route(tunnel, ipr, index, network, created)
-                elif covered is None or network not in covered:
-                    self._add_route(ipr, index, network, self._table or RT_TABLE_MAIN, created)
+        covered = _Covered(ipr, index) if self._table is None else None
+        # The most specific first: a route that was added just now covers none of those that follow.
+        for network in sorted(networks, key=lambda network: -network.prefixlen):
+            if self._table is None and network.prefixlen == 0:
+                self._default_route(tunnel, ipr, index, network, created)
+            elif covered is None or network not in covered:
+                self._add_route(ipr, index, network, self._table or RT_TABLE_MAIN, created)
 
     def _add_route(self, ipr: Any, index: int, network: Network, table: int, created: bool) -> None:
         spec: dict[str, Any] = {
@@ -195,6 +225,7 @@ class Quick:
             spec["scope"] = _RT_SCOPE_LINK
         with reported(f"route {network} into", self.name, _route_hint(network, table)):
             ipr.route("add", **spec)
+        self._added[network] = spec
         if not created:  # else the kernel takes them with the device
             self._routes.append(spec)
 

@@ -29,7 +29,12 @@ KEEPALIVE_TIMEOUT = 10.0
 REKEY_TIMEOUT_JITTER_MAX = 0.333
 """Greatest random addition to REKEY_TIMEOUT (§6.4): two peers must not retry in step for ever."""
 INITIATION_INTERVAL = 1 / 50
-"""Least time between two initiations taken from one peer: bounds what a stolen key can make us compute."""
+"""Least time between two initiations taken from one peer, seconds: bounds what a stolen key can make us compute.
+
+A peer that is removed and added again begins at once, for what it sent before is forgotten with it. When its new
+initiation arrives within this time of the old one, or with the same whitened timestamp, the other side refuses it
+(§5.1) without a word, and the retry comes a REKEY_TIMEOUT later. Only the refusing side knows, so it stays so.
+"""
 ZERO_KEYS_TIME = 3 * REJECT_AFTER_TIME
 """Time without a new session after which all keys are wiped (§6.3)."""
 
@@ -84,6 +89,10 @@ class PeerTimers:
     def may_initiate(self, now: float) -> bool:
         """Whether REKEY_TIMEOUT has passed since the last handshake message to this peer (§6.1)."""
         return now - self._last_handshake_sent >= REKEY_TIMEOUT
+
+    def initiate_later(self) -> None:
+        """As soon as `may_initiate` allows it."""
+        self._retry_handshake = self._last_handshake_sent + REKEY_TIMEOUT + self._jitter()
 
     def initiation_sent(self, now: float) -> None:
         """An initiation is on its way, first or repeated."""

@@ -22,7 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Any, cast
+from typing import cast
 
 from .. import offload
 from .._core import Engine, SessionTable
@@ -322,9 +322,12 @@ class WireGuard(Tunnel):
             _mark(self._sockets[0], fwmark)
             self._fwmark = fwmark
 
-    def add_peer(self, config: PeerConfig) -> None:
-        """A new peer, live. ConfigurationError when it is there or is this device; EndpointError for its name."""
-        endpoint = _look_up(config)
+    def add_peer(self, config: PeerConfig, *, at: Endpoint | None = None) -> None:
+        """A new peer, live. ConfigurationError when it is there or is this device; EndpointError for its name.
+
+        at: what its endpoint's name stands for, when that has been looked up already.
+        """
+        endpoint = at or _look_up(config)
         with self._running_host() as host:
             host.add_peer(config, endpoint)
         self._wake_watcher()
@@ -346,6 +349,7 @@ class WireGuard(Tunnel):
         *,
         preshared_key: PresharedKey | Keep | None = KEEP,
         endpoint: Endpoint | Keep = KEEP,
+        name: str | None = None,
         persistent_keepalive: int | Keep = KEEP,
         allowed_ips: Iterable[Network] = (),
         replace_allowed_ips: bool = False,
@@ -354,12 +358,32 @@ class WireGuard(Tunnel):
         """Change what is given. allowed_ips are added, and taken from whoever had them. KeyError for no such peer.
 
         A new preshared key counts from the next handshake message on; a new endpoint from the next packet on.
+        name: "host:port" that led to the endpoint, to be looked up again when the peer stays silent.
         """
         with self._running_host() as host:
             host.update_peer(
-                public_key, preshared_key=preshared_key, endpoint=endpoint,
+                public_key, preshared_key=preshared_key, endpoint=endpoint, name=name,
                 persistent_keepalive=persistent_keepalive, allowed_ips=allowed_ips,
                 replace_allowed_ips=replace_allowed_ips, remove_allowed_ips=remove_allowed_ips)
+        self._wake_watcher()
+
+    @contextlib.contextmanager
+    def key_log(self, write: Callable[[str], object]) -> Iterator[None]:
+        """Meanwhile `write` gets the keys that open a capture, as text for Wireshark (`keylog`); it must not block.
+
+        First this device's private key; then the ephemeral key of each handshake from now on. One at a time.
+        """
+        with self._running_host() as host:
+            host.log_keys(write)
+        try:
+            yield
+        finally:
+            host.log_keys(None)
+
+    def new_handshakes(self) -> None:
+        """Makes new sessions with all peers that can be reached; those that there are go on until then."""
+        with self._running_host() as host:
+            host.new_handshakes()
         self._wake_watcher()
 
     def resolve_again(self) -> None:
@@ -368,6 +392,13 @@ class WireGuard(Tunnel):
             host.look_up_again()
 
     # --------------------------------------------------------------------------------- what it is
+
+    @property
+    def routes(self) -> tuple[Network, ...]:
+        """The networks that the kernel routes into the device, in any table; empty without a device."""
+        from ..routes import routes_through
+
+        return routes_through(self.device)
 
     @property
     def peers(self) -> tuple[WireGuardPeer, ...]:
@@ -399,8 +430,8 @@ class WireGuard(Tunnel):
             drops["bad-mac1"] += counters["bad_mac1"]
         return Stats(
             uptime_s=time.monotonic() - self._started_at if self._started_at else 0.0,
-            outbound=_direction(counters, "outbound"),
-            inbound=_direction(counters, "inbound"),
+            outbound=DirectionStats.total([counters["outbound"]] if counters else []),
+            inbound=DirectionStats.total([counters["inbound"]] if counters else []),
             peers=self.peers,
             system_calls=dict(counters["calls"]) if counters else {},
             errors=dict(counters["errors"]) if counters else {},
@@ -421,10 +452,6 @@ def _patience_ms(deadline: float | None, busy: bool) -> int:
 
 def _look_up(peer: PeerConfig) -> Endpoint | None:
     return resolve(*split_endpoint(peer.endpoint))[0] if peer.endpoint is not None else None
-
-
-def _direction(counters: dict[str, Any] | None, name: str) -> DirectionStats:
-    return DirectionStats(**counters[name]) if counters else DirectionStats(0, 0, 0, 0)
 
 
 def _mark(sock: socket.socket, fwmark: int) -> None:

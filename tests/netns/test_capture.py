@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 from support.netns import Lab, Namespace, wait_until
 
 from fasttun.observe.client import choose
+from fasttun.observe.stream import PcapngReader
 from fasttun.wireguard.keys import PrivateKey
 
 pytestmark = pytest.mark.netns
@@ -209,6 +211,43 @@ def test_a_capture_of_handshakes_reads_as_wireguard(lab: Lab, tmp_path: Path) ->
         assert {row[0] for row in rows} <= {"1", "2", "3", "4"}
         assert "4" in {row[0] for row in rows}
         assert all(int(row[3]) > 8 for row in rows)
+
+
+def test_with_keys_the_file_alone_decrypts_the_tunnel(lab: Lab, tmp_path: Path) -> None:
+    """Wireshark reads the pings in it, and finds no secret in a file without --keys."""
+    with pair(lab, tmp_path, "wireguard") as (_, b):
+        path, bare = tmp_path / "out.pcapng", tmp_path / "bare.pcapng"
+        with capture(bare, "tun1", "--what", "outer") as process:
+            b.run(["ping", "-c2", "-i0.2", "10.7.0.1"])
+            end(process)
+        path.touch(0o644)
+        process = subprocess.Popen(
+            [*FASTTUN, "capture", "tun0", "--what", "outer", "--keys", "--handshake", "-w", str(path)],
+            stderr=subprocess.PIPE, text=True)
+        try:  # two handshakes have 5 s between them
+            wait_until(lambda: b.run(["ping", "-c1", "10.7.0.1"]) and 2 in _types(path), 10, 0.3)
+            b.run(["ping", "-c3", "-i0.2", "-s111", "10.7.0.1"])
+        finally:
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert err.count("\nwarning: ") == 1
+    assert "PRIVATE KEY" in err.splitlines()[0]
+    assert "cannot be decrypted" not in err
+    assert path.stat().st_mode & 0o777 == 0o600
+    seen = [(row[0], row[1]) for row in tshark(path, "icmp.type", "icmp.seq", "data.len") if row[2] == "103"]
+    assert seen == [(kind, str(number)) for number in (1, 2, 3) for kind in ("8", "0")]
+    assert not any(row[0] for row in tshark(bare, "icmp.type"))
+    secrets = [(tmp_path / f"{number}.key").read_text() for number in range(2)]
+    for text in secrets:
+        assert text.encode() not in bare.read_bytes()
+        assert base64.b64decode(text) not in bare.read_bytes()
+    assert [text.encode() in path.read_bytes() for text in secrets] == [True, False]
+
+
+def _types(path: Path) -> set[int]:
+    """Of the WireGuard messages in a capture of outer packets over IPv4."""
+    return {packet.data[28] for packet in PcapngReader().feed(path.read_bytes())}
 
 
 def test_it_prints_what_a_ping_is(lab: Lab, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ MARK = "FASTTUN_TEST_MARK"
 class Demo:
     """A running `fasttun demo` whose processes and temporary files can be told from others'."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, **environment: str) -> None:
         self.directory, self._mark = directory, uuid.uuid4().hex
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fasttun", "demo", *flags],
@@ -33,7 +33,8 @@ class Demo:
             stderr=subprocess.PIPE,
             text=True,
             cwd=ROOT,
-            env={**os.environ, MARK: self._mark, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1"},
+            env={**os.environ, MARK: self._mark, "TMPDIR": str(directory), "PYTHONUNBUFFERED": "1", "COLUMNS": "80",
+                 **environment},
         )
 
     def read_until(self, text: str) -> None:
@@ -87,9 +88,38 @@ def test_sends_the_file_through_both_tunnels(tmp_path: Path) -> None:
     assert len(re.findall(r"^  100 % +8 MiB +[\d,]+ packets +[\d.]+ Gbit/s$", out, re.MULTILINE)) == 3
     assert re.search(r"^fasttun is [\d.]+ times as fast as the pure-Python tunnel\.$", out, re.MULTILINE)
     assert "\x1b" not in out
-    assert re.search(r"^    demo0  WireGuard, up ", out, re.MULTILINE)
-    assert re.search(r"^    inbound +[\d.]+ .?bit/s +[\d,]+ packets/s", out, re.MULTILINE)
     demo.assert_nothing_remains()
+
+
+@pytest.mark.netns
+def test_shows_top_and_status_while_traffic_flows(tmp_path: Path) -> None:
+    """One frame of top as on a narrow terminal, with rates and a graph; then status; both after what is measured."""
+    demo = Demo(tmp_path, "--size", "100K", "--no-baseline", COLUMNS="64")
+    out, errors = demo.process.communicate(timeout=60)
+    assert (demo.process.returncode, errors) == (0, ""), out
+    device = f"demo{demo.process.pid}"
+    before, _, looked = out.partition(f"  listener $ fasttun top {device} ")
+    assert before.count("the same on both sides") == 2
+    top, _, status = looked.partition(f"  listener $ fasttun status {device}\n")
+    assert max(map(len, top.splitlines()[1:])) <= 64
+    assert re.search(r"^    inbound +[\d.]+ [MG]bit/s +[\d,]+ packets/s", top, re.MULTILINE)
+    assert re.search(r"[▁▂▃▄▅▆▇█]{5,}$", top, re.MULTILINE)
+    assert re.search(rf"^    {device}  WireGuard, up ", status, re.MULTILINE)
+    assert re.search(r"^      inbound   \d{4,} packets, [\d.]+ [MG]B", status, re.MULTILINE)
+    assert "\x1b" not in out
+
+
+@pytest.mark.netns
+def test_names_the_extra_where_rich_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "rich").mkdir()
+    (tmp_path / "rich" / "__init__.py").write_text("raise ModuleNotFoundError('No module named rich')\n")
+    path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
+    (tmp_path / "files").mkdir()
+    demo = Demo(tmp_path / "files", "--size", "100K", "--no-baseline", PYTHONPATH=path)
+    out, errors = demo.process.communicate(timeout=60)
+    assert (demo.process.returncode, errors) == (0, ""), out
+    assert re.search(r"\$ fasttun top .*\n    fasttun: .*needs rich: pip install 'fasttun\[rich\]'\n  listener \$", out)
+    assert re.search(r"^    demo\d+  WireGuard, up ", out, re.MULTILINE)
 
 
 @pytest.mark.netns

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.netns import Lab, Namespace, wait_until
+from support.transfer import SIZE, transfer
 
 pytestmark = pytest.mark.netns
 
 ADDRESSES = (["--address", "10.7.0.1/24", "--address", "fd07::1/64"],
              ["--address", "10.7.0.2/24", "--address", "fd07::2/64"])
-SIZE = 24 << 20
 FASTTUN = [sys.executable, "-m", "fasttun"]
 
 
@@ -48,37 +45,6 @@ class Run:
             assert process.returncode == 0, errors
             logs.append([json.loads(line) for line in errors.splitlines() if line.startswith("{")])
         return logs
-
-
-def transfer(sender: Namespace, receiver: Namespace, host: str, size: int = SIZE) -> None:
-    """TCP through the tunnel; both sides' hashes must agree."""
-    data = random.Random(size).randbytes(4096 + 7) * (size // 4096)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with receiver.enter():
-        server = socket.socket(family, socket.SOCK_STREAM)
-        server.bind((host, 5201))
-        server.listen(1)
-    got = hashlib.sha256()
-
-    def receive() -> None:
-        connection, _ = server.accept()
-        with connection:
-            connection.settimeout(60)
-            while chunk := connection.recv(1 << 20):
-                got.update(chunk)
-
-    thread = threading.Thread(target=receive)
-    thread.start()
-    with sender.enter():
-        client = socket.socket(family, socket.SOCK_STREAM)
-    with client, server:
-        client.settimeout(60)
-        client.connect((host, 5201))
-        client.sendall(data)
-        client.shutdown(socket.SHUT_WR)
-        thread.join(60)
-    assert not thread.is_alive()
-    assert got.hexdigest() == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.parametrize("options", [

@@ -370,6 +370,89 @@ def test_the_background_process_keeps_nothing_of_its_caller(host: Host) -> None:
     host.fasttun("down", "wg0")
 
 
+GATE = f"""[Interface]
+PrivateKey = {SERVER.private}
+Address = 10.9.0.1/24
+ListenPort = 51820
+
+[Peer]
+PublicKey = {CLIENT.public}
+AllowedIPs = 10.9.0.2/32
+"""
+NEW_PEER = f"""
+[Peer]
+PublicKey = {OTHER.public}
+AllowedIPs = 10.9.0.3/32, 10.77.0.0/24
+Endpoint = 10.99.0.2:4
+"""
+
+
+def test_a_changed_file_is_taken_over_on_sighup_and_sessions_go_on(lab: Lab, directory: Path) -> None:
+    """A peer comes, is changed and goes; the other one's session is the same throughout, and loses no packet."""
+    a, b, link = lab.pair()
+    server, client = Host(a, directory), Host(b, directory)
+    server.file("wg0", GATE)
+    client.file("wg0", f"{ALONE}[Peer]\nPublicKey = {SERVER.public}\nAllowedIPs = 10.9.0.0/24\n"
+                       f"Endpoint = {link.a.v4}:51820\n")
+    log = directory / "log"
+    with open(log, "w") as stderr:
+        process = a.popen(server.words(*FASTTUN, "up", "-f", "wg0"), stderr=stderr)
+
+    def reload(text: str, expected: str) -> str:
+        """SIGHUP with that file; the line that tells what came of it."""
+        server.file("wg0", text)
+        size = log.stat().st_size
+        process.send_signal(signal.SIGHUP)
+        wait_until(lambda: expected in log.read_text()[size:], what=f"{expected}: {log.read_text()}")
+        return log.read_text()[size:]
+
+    def shown(what: str) -> dict[str, str]:
+        rows = [row.split(maxsplit=1) for row in server.run("wg", "show", "wg0", what).stdout.splitlines()]
+        return {row[0]: row[1] if len(row) > 1 else "" for row in rows}
+
+    wait_until(lambda: "is up" in log.read_text(), 15)
+    client.fasttun("up", "wg0")
+    assert client.ping("10.9.0.1")
+    session = shown("latest-handshakes")[CLIENT.public]
+    time.sleep(1.1)  # handshakes are told in seconds
+    pings = b.popen(["ping", "-q", "-i0.05", "-c40", "-W2", "10.9.0.1"])
+
+    told = reload(GATE + NEW_PEER, "SIGHUP: ")
+    assert "wg0.conf: peers: 1 added, 0 removed, 0 changed" in told
+    assert shown("allowed-ips") == {CLIENT.public: "10.9.0.2/32", OTHER.public: "10.9.0.3/32 10.77.0.0/24"}
+    assert shown("endpoints")[OTHER.public] == "10.99.0.2:4"
+    assert "10.77.0.0/24" in a.ip("route", "show", "dev", "wg0")
+
+    changed = NEW_PEER.replace("10.77.0.0/24", "10.78.0.0/24").replace("10.99.0.2:4", "localhost:5")
+    told = reload(GATE.replace("10.9.0.1/24", "10.9.0.1/16") + changed + "PersistentKeepalive = 7\n", "SIGHUP: ")
+    assert "peers: 0 added, 0 removed, 1 changed; at the next start: Address\n" in told
+    assert shown("allowed-ips")[OTHER.public] == "10.9.0.3/32 10.78.0.0/24"
+    assert shown("persistent-keepalive") == {CLIENT.public: "off", OTHER.public: "7"}
+    assert shown("endpoints")[OTHER.public] in ("127.0.0.1:5", "[::1]:5")
+    routes = a.ip("route", "show", "dev", "wg0")
+    assert "10.78.0.0/24" in routes
+    assert "10.77.0.0/24" not in routes
+    assert "10.9.0.0/24" in routes, "the kernel's own route stays"
+
+    for broken, problem in ((f"{GATE}[Peer]\nPublicKey = x\n", "wg0.conf:10: PublicKey: has 1 characters"),
+                            (f"{GATE}[Peer]\nPublicKey = {SERVER.public}\n", "wg0.conf: PublicKey: ")):
+        told = reload(broken, "everything goes on as before")
+        assert told.count("\n") == 1, told
+        assert problem in told
+        assert set(shown("peers")) == {CLIENT.public, OTHER.public}
+
+    told = reload(GATE, "SIGHUP: ")
+    assert "peers: 0 added, 1 removed, 0 changed" in told
+    assert set(shown("peers")) == {CLIENT.public}
+    assert "10.78.0.0/24" not in a.ip("route", "show", "dev", "wg0")
+    out, _ = pings.communicate(timeout=20)
+    assert ", 0% packet loss" in out
+    assert shown("latest-handshakes")[CLIENT.public] == session
+    client.fasttun("down", "wg0")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(15) == 0
+
+
 def test_in_the_foreground_it_tells_systemd_and_ends_by_signal(host: Host, directory: Path) -> None:
     before = snapshot(host.ns)
     host.file("wg0", FULL)

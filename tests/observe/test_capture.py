@@ -21,23 +21,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.netns import wait_until
-from support.tunnels import Client, Pipe, bind_udp, ip_packet, threads
-from support.wireguard import at, ends, exchange
+from support.tunnels import Client, Pipe, bind_udp, ip_packet, stun_request, stun_success, threads
+from support.wireguard import at, ends, exchange, pair_of_configs
 
 from fasttun import Forwarder, StateError
 from fasttun.cli.packets import line, summary
 from fasttun.endpoint import Endpoint
-from fasttun.observe import Observers, handshakes
+from fasttun.observe import Observers, handshakes, stream
 from fasttun.observe.client import Running, choose
 from fasttun.observe.filter import compile_filter
-from fasttun.observe.handshakes import HandshakeTap, datagram_packet
+from fasttun.observe.handshakes import HandshakeTap, KeyQueue, datagram_packet
 from fasttun.observe.stream import Packet, PcapngReader, request
+from fasttun.wireguard import keylog, timers
+from fasttun.wireguard.keys import PresharedKey, PrivateKey, PublicKey
 
 FASTTUN = (sys.executable, "-m", "fasttun")
 RING = 8 << 20
@@ -72,7 +75,7 @@ class Server:
     @property
     def captured(self) -> bool:
         handler: Any = self._observers._control._handlers["capture"]
-        return bool(handler._one.locked())
+        return bool(handler.taking)
 
     def inbound(self, number: int, size: int = 8) -> bytes:
         packet = ip_packet("10.7.0.2", "10.7.0.1", struct.pack("!HHI", 7, 9, number).ljust(size, b"i"), protocol=17)
@@ -128,8 +131,8 @@ def test_inner_and_outer_are_what_passed(server: Server) -> None:
     with Taken(server.running, what="both") as taken:
         before = time.time_ns()
         came, went = server.inbound(1), server.outbound(2)
-        after = time.time_ns()
         packets = taken.packets()
+        after = time.time_ns()
     assert [(packet.outer, packet.outbound) for packet in packets] == [
         (True, False), (False, False), (False, True), (True, True)]
     assert [packet.data for packet in packets if not packet.outer] == [came, went]
@@ -342,6 +345,163 @@ def test_handshakes_are_in_it_both_ways(captured: str) -> None:
         wait_until(lambda: tunnel.tap is None)
 
 
+def decrypted(raw: bytes, path: Path) -> list[tuple[str, str]]:
+    """Inner source and WireGuard message type of each outer packet, by Wireshark with nothing but the capture."""
+    if shutil.which("tshark") is None:
+        pytest.skip("needs tshark (apt install tshark)")
+    path.write_bytes(raw)
+    done = subprocess.run(
+        ["tshark", "-n", "-r", str(path), "-T", "fields", "-e", "ip.src", "-e", "wg.type"],
+        capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    rows = [row.split("\t") for row in done.stdout.splitlines()]
+    return [(source.partition(",")[2], kind) for source, kind in rows]
+
+
+def forms_of(key: PrivateKey | PresharedKey) -> list[bytes]:
+    """In which one could find it in a file."""
+    return [key.to_base64().encode(), key.to_bytes(), key.to_bytes().hex().encode()]
+
+
+@pytest.mark.parametrize("preshared", [False, True])
+@pytest.mark.parametrize("captured", ["initiator", "responder"])
+def test_with_keys_a_capture_opens_itself(captured: str, preshared: bool, tmp_path: Path) -> None:
+    secret = PresharedKey.generate() if preshared else None
+    configs = pair_of_configs(preshared=secret)
+    with ends(configs) as pair:  # b begins
+        tunnel, mine, theirs = (pair.b, *configs[::-1]) if captured == "initiator" else (pair.a, *configs)
+        assert mine.private_key is not None
+        assert theirs.private_key is not None
+        with Observers(tunnel), Taken(choose(None), what="outer", keys=True) as taken:
+            exchange(pair)
+            taken.packets()
+            assert [kind for _, kind in decrypted(taken.raw, tmp_path / "out.pcapng")][:2] == ["1", "2"]
+            inside = {source for source, kind in decrypted(taken.raw, tmp_path / "out.pcapng") if kind == "4"}
+            assert {"10.9.0.1", "10.9.0.2"} <= inside
+            assert forms_of(mine.private_key)[0] in taken.raw
+            assert secret is None or forms_of(secret)[0] in taken.raw
+            assert not any(form in taken.raw for form in forms_of(theirs.private_key))
+            wait_until(lambda: tunnel.tap is None)
+        assert tunnel._host is not None
+        assert tunnel._host._protocol.key_log is None
+
+
+def test_without_keys_no_secret_is_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[bytes] = []
+    generate = PrivateKey.generate
+
+    def draw() -> PrivateKey:
+        key = generate()
+        drawn.extend(forms_of(key))
+        return key
+
+    secret = PresharedKey.generate()
+    configs = pair_of_configs(preshared=secret)
+    monkeypatch.setattr(PrivateKey, "generate", draw)
+    with ends(configs) as pair, Observers(pair.b), Taken(choose(None), what="both") as taken:
+        exchange(pair)
+        assert len(taken.packets()) > 4
+    assert len(drawn) == 6, "both ends draw their ephemeral keys here"
+    for config in configs:
+        assert config.private_key is not None
+        drawn += forms_of(config.private_key)
+    assert not any(form in taken.raw for form in drawn + forms_of(secret))
+
+
+def test_new_sessions_are_made_for_a_capture_even_after_a_fresh_one(
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(timers, "REKEY_TIMEOUT", 0.3)
+    with ends() as pair, Observers(pair.b):
+        exchange(pair)
+        begin, first = time.monotonic(), pair.b.peers[0].last_handshake
+        with Taken(choose(None), what="outer", keys=True, handshake=True) as taken:
+            exchange(pair, b"in the session from before")
+            wait_until(lambda: pair.b.peers[0].last_handshake > first)
+            assert time.monotonic() - begin > 0.1
+            exchange(pair, b"in the new one")
+            taken.packets()
+    kinds = decrypted(taken.raw, tmp_path / "out.pcapng")
+    assert ("", "4") in kinds
+    assert {("10.9.0.1", "4"), ("10.9.0.2", "4")} <= set(kinds[kinds.index(("", "2")):])
+
+
+def test_keys_are_for_who_may_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    with ends() as pair, Observers(pair.b):
+        running = choose(None)
+        running.path.chmod(0o660)
+        with pytest.raises(StateError, match=r"others may use: chmod 600 .*\.sock"):
+            request(running, what="outer", keys=True)
+        with Taken(running, what="outer") as taken:  # without keys it is nobody's business
+            assert taken.packets() == []
+    here, there = socket.socketpair()
+    with here, there, monkeypatch.context() as patch:
+        patch.setattr(os, "geteuid", lambda: 4242)
+        if os.getuid():
+            with pytest.raises(StateError, match="for root and for the user that runs it"):
+                stream._check_may_have_keys(here, None)
+        other = SimpleNamespace(getsockopt=lambda *_: struct.pack("3i", 1, 4243, 4243))
+        with pytest.raises(StateError, match="for root and for the user that runs it"):
+            stream._check_may_have_keys(cast("socket.socket", other), None)
+        same = SimpleNamespace(getsockopt=lambda *_: struct.pack("3i", 1, 4242, 4242))
+        stream._check_may_have_keys(cast("socket.socket", same), None)
+
+
+def test_a_device_with_many_peers_tells_its_keys_in_pieces() -> None:
+    private = PrivateKey.generate()
+    peers = [PublicKey(os.urandom(32)) for _ in range(1500)]
+    texts = list(keylog.of_device(private, peers))
+    assert len(texts) == 3
+    assert max(map(len, texts)) < 1 << 16
+    lines = "".join(texts).splitlines()
+    assert lines == [f"LOCAL_STATIC_PRIVATE_KEY = {private.to_base64()}",
+                     *(f"REMOTE_STATIC_PUBLIC_KEY = {peer}" for peer in peers)]
+
+
+def test_keys_that_nobody_fetches_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(handshakes, "KEYS", 3)
+    queue = KeyQueue()
+    for number in range(5):
+        queue.add(str(number))
+    assert list(queue.take()) == ["0", "1", "2"]
+    assert list(queue.take()) == []
+
+
+@pytest.mark.parametrize("answered", [True, False])
+def test_a_plain_clients_greetings_are_in_it(answered: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that the control thread sends, and what comes back."""
+    with contextlib.ExitStack() as stack:
+        pipe, server = stack.enter_context(Pipe.make()), stack.enter_context(bind_udp())
+        host, port = server.getsockname()
+        tunnel = stack.enter_context(Forwarder(server=host, port=port, tun_fd=pipe.fd))
+        server.settimeout(5)
+        server.recv(64)
+        stack.enter_context(Observers(tunnel))
+        taken = stack.enter_context(Taken(choose(None), what="outer"))
+        tunnel._send_greeting(Endpoint(*_v4(host, port)))
+        request_, client = server.recvfrom(64)
+        if answered:
+            server.sendto(stun_success(request_[8:20]), client)
+            wait_until(lambda: tunnel.peers[0].silent_s < 1)
+        packets = [packet for packet in taken.packets() if packet.data[36:48] == request_[8:20]]
+    assert [packet.outbound for packet in packets] == ([True, False] if answered else [True])
+    assert packets[0].data[28:] == request_
+    assert struct.unpack_from("!4s4sHH", packets[0].data, 12) == (bytes([127, 0, 0, 1]),) * 2 + (client[1], port)
+
+
+def test_the_loops_own_stun_messages_are_in_it(server: Server) -> None:
+    """A listener's answer to a greeting, and its check of an address's owner whom another one contests."""
+    with contextlib.closing(Client(server.address)) as stranger, Taken(server.running, what="outer") as taken:
+        server.client.send(stun_request())
+        answer = server.client.receive()
+        stranger.send(ip_packet("10.7.0.2", "10.7.0.1", b"mine"))
+        check = server.client.receive()
+        packets = [packet for packet in taken.packets() if packet.outbound]
+    assert [packet.data[28:] for packet in packets][:2] == [answer, check]
+    ports = [struct.unpack_from("!HH", packet.data, 20) for packet in packets]
+    assert ports[:2] == [(server.address[1], server.client.port)] * 2
+    assert packets[0].data[12:20] == bytes([127, 0, 0, 1]) * 2
+
+
 def test_a_filter_is_for_handshakes_too() -> None:
     with ends() as pair:
         with Observers(pair.b), Taken(choose(None), what="outer", filter="src port 1") as taken:
@@ -492,6 +652,10 @@ def test_a_terminal_is_refused(server: Server) -> None:
     (["-s", "0"], 2, "--snap-length: "), (["-c", "0"], 2, "--count: "), (["--what", "all"], 2, "--what: "),
     (["--seconds", "0"], 2, "--seconds: "), (["-w", "/nonexistent/x"], 1, "/nonexistent/x: No such file"),
     (["not"], 2, "filter: nothing stands after 'not'"),
+    (["--keys"], 2, "--keys: is for a file or a pipe"),
+    (["--keys", "-w", "/nonexistent/x"], 2, "--keys: inner packets"),
+    (["--keys", "-w", "/nonexistent/x", "--what", "both", "-s", "99"], 2, "--keys: a packet that is cut short"),
+    (["--handshake"], 1, "descriptor: handshake: is for encrypted tunnels; this one is plain"),
 ])
 def test_bad_use_is_named(server: Server, words: list[str], status: int, error: str) -> None:
     done = subprocess.run([*FASTTUN, "capture", *words], capture_output=True, text=True, timeout=20)

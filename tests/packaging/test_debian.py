@@ -1,7 +1,7 @@
-"""The Debian package, built by its recipe and installed by dpkg; the container image's recipe, by its shape.
+"""The Debian package, built by its recipe and installed by dpkg; the units in it under a systemd that runs.
 
+And the container image's recipe, by its shape: the image itself is not built, that needs a registry.
 dpkg installs for real in a chroot whose changes go to memory (overlayfs): the machine beneath stays as it is.
-The image itself is not built: that needs a registry.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.netns import missing
+from support.booted import SYSTEMD, Booted
+from support.netns import missing, wait_until
+
+from fasttun.wireguard.keys import PrivateKey
 
 ROOT = Path(__file__).resolve().parents[2]
 VERSION = re.findall(r'^__version__ = "(.+)"', (ROOT / "fasttun" / "_version.py").read_text(), re.M)[0]
@@ -210,6 +213,8 @@ def test_the_image_is_given_files_that_there_are() -> None:
             for name in shlex.split(rest)[:-1]:
                 assert (ROOT / name).exists(), name
                 assert name.rstrip("/") in kept, f"{name} is left out by the ignore file"
+    for link in (path for path in (ROOT / "fasttun").rglob("*") if path.is_symlink()):
+        assert str(link.resolve().relative_to(ROOT)) in kept, f"{link} would lead nowhere in the image"
 
 
 def test_the_images_extras_are_extras_there_are() -> None:
@@ -223,3 +228,130 @@ def test_the_images_extras_are_extras_there_are() -> None:
 def test_the_packages_version_is_the_programs() -> None:
     first = (ROOT / "packaging" / "debian" / "changelog").read_text().splitlines()[0]
     assert first.startswith(f"fasttun ({VERSION}-1) ")
+
+
+# ---------------------------------------------------------------------------------------------- under a real systemd
+
+UNIT = "fasttun@tun0.service"
+
+
+@pytest.fixture(scope="module")
+def booted(package: Path) -> Iterator[Booted]:
+    """A system that systemd has booted, with the package installed and a client `peer` at 10.99.0.2."""
+    if missing() or not os.path.exists(SYSTEMD):
+        pytest.skip(missing() or f"needs {SYSTEMD} (apt install systemd)")
+    with Booted() as system:
+        system.path("/tmp/fasttun.deb").write_bytes(package.read_bytes())
+        system.run("dpkg", "--install", "/tmp/fasttun.deb")
+        system.run("bash", "-ec", """
+            ip netns add peer; ip link add v0 type veth peer name v1 netns peer
+            ip addr add 10.99.0.1/24 dev v0; ip link set v0 up
+            ip -n peer addr add 10.99.0.2/24 dev v1; ip -n peer link set v1 up""")
+        yield system
+
+
+def answers(system: Booted) -> bool:
+    return "1 received" in system.run("ip", "netns", "exec", "peer", "ping", "-c1", "-W1", "10.7.0.1", check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.netns
+def test_the_service_lives_under_systemd(booted: Booted) -> None:
+    """Installed, ready, shut in, reloaded, killed, hung and stopped; the tunnel carries packets all the while."""
+    told = booted.run("fasttun", "service", "install", "tun0", "--now", "--", "--listen", "--address", "10.7.0.1/24")
+    assert "ran systemctl enable --now fasttun@tun0.service" in told
+    assert booted.show(UNIT, "ActiveState") == "active", "systemctl start waits for READY=1"
+    assert booted.show(UNIT, "StatusText").startswith("tun0 (10.7.0.1/24, MTU ")
+    assert booted.show(UNIT, "WatchdogUSec") == "30s"
+    booted.run("systemd-run", "--quiet", "--unit=peer", "-p", "NetworkNamespacePath=/run/netns/peer",
+               "-p", "Environment=FASTTUN_RUNTIME_DIR=/run/peer",
+               "fasttun", "--server", "10.99.0.1", "--address", "10.7.0.2/24")
+    wait_until(lambda: answers(booted), 10)
+
+    first = booted.show(UNIT, "MainPID")
+    shut = booted.run("nsenter", f"--target={first}", "--mount", "sh", "-c",
+                      "touch /usr/x /etc/x; ls -A /root /tmp; echo 1 > /proc/sys/net/ipv4/ip_forward", check=False)
+    assert shut.count("Read-only file system") == 3
+    assert len(shut.split("/root:")[1].split("sh:")[0].split()) == 1, f"homes and /tmp look empty: {shut}"
+    status = booted.run("cat", f"/proc/{first}/status")
+    held = dict(re.findall(r"^(CapBnd|CapEff|NoNewPrivs|Seccomp):\s+(\S+)", status, re.M))
+    assert held == {"CapBnd": "0000000000001400", "CapEff": "0000000000001400", "NoNewPrivs": "1", "Seccomp": "2"}
+
+    booted.run("systemctl", "reload", UNIT)
+    assert (booted.show(UNIT, "ActiveState"), booted.show(UNIT, "MainPID")) == ("active", first)
+    assert answers(booted)
+
+    booted.run("kill", "-KILL", first)
+    wait_until(lambda: booted.show(UNIT, "NRestarts") == "1" and booted.show(UNIT, "ActiveState") == "active", 10)
+    wait_until(lambda: answers(booted), 10)
+
+    booted.run("mkdir", "-p", f"/run/systemd/system/{UNIT}.d")
+    booted.path(f"/run/systemd/system/{UNIT}.d/hasty.conf").write_text("[Service]\nWatchdogSec=1\nRestartSec=0\n")
+    booted.run("systemctl", "daemon-reload")
+    booted.run("systemctl", "restart", UNIT)
+    second = booted.show(UNIT, "MainPID")
+    time.sleep(1.5)
+    assert booted.show(UNIT, "MainPID") == second, "it tells the watchdog in time"
+    booted.run("kill", "-STOP", second)
+    wait_until(lambda: booted.show(UNIT, "MainPID") not in ("0", second), 15, what="the watchdog's restart")
+    wait_until(lambda: answers(booted), 10)
+
+    assert "removed /etc/fasttun/tun0.conf" in booted.run("fasttun", "service", "remove", "tun0", "--now")
+    assert booted.show(UNIT, "ActiveState") == "inactive"
+    assert "does not exist" in booted.run("ip", "link", "show", "tun0", check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.netns
+def test_the_fast_path_works_within_the_sandbox(booted: Booted) -> None:
+    booted.run("fasttun", "service", "install", "tun2", "--now", "--", "--fast-path", "--listen", "--port", "1235",
+               "--address", "10.8.0.1/24")
+    assert "fast-path on" in " ".join(booted.run("fasttun", "status", "tun2").split())
+    booted.run("fasttun", "service", "remove", "tun2", "--now")
+
+
+@pytest.mark.slow
+@pytest.mark.netns
+def test_a_wg_quick_file_lives_under_systemd(booted: Booted) -> None:
+    """A default route, firewall, hook and SaveConfig from within the unit; a peer that comes with `reload`."""
+    keys = [PrivateKey.generate() for _ in range(3)]
+    booted.run("mkdir", "-p", "/etc/wireguard", "/run/guest")
+    file = booted.path("/etc/wireguard/wg0.conf")
+    file.write_text(f"""[Interface]
+PrivateKey = {keys[0].to_base64()}
+Address = 10.8.0.2/24
+PostUp = echo %i is up > /etc/wireguard/told
+SaveConfig = true
+[Peer]
+PublicKey = {keys[1].public}
+AllowedIPs = 0.0.0.0/0
+Endpoint = 10.99.0.2:51820
+""")
+    file.chmod(0o600)
+    booted.path("/run/guest/wgp.conf").write_text(f"""[Interface]
+PrivateKey = {keys[1].to_base64()}
+Address = 10.8.0.1/24
+ListenPort = 51820
+[Peer]
+PublicKey = {keys[0].public}
+AllowedIPs = 10.8.0.2/32
+""")
+    booted.run("chmod", "600", "/run/guest/wgp.conf")
+    booted.run("systemd-run", "--quiet", "--unit=guest", "-p", "NetworkNamespacePath=/run/netns/peer",
+               "fasttun", "up", "-f", "/run/guest/wgp.conf")
+    unit = "fasttun-up@wg0.service"
+    booted.run("fasttun", "service", "install", "wg0", "--now")
+    assert booted.show(unit, "StatusText") == "wg0 is up"
+    wait_until(lambda: "1 received" in booted.run("ping", "-c1", "-W1", "10.8.0.1", check=False), 10)
+    assert booted.path("/etc/wireguard/told").read_text() == "wg0 is up\n"
+    assert "not from all fwmark" in booted.run("ip", "rule")
+    session = booted.run("wg", "show", "wg0", "latest-handshakes")
+    with file.open("a") as more:
+        more.write(f"[Peer]\nPublicKey = {keys[2].public}\nAllowedIPs = 10.9.0.0/16\n")
+    booted.run("systemctl", "reload", unit)
+    wait_until(lambda: str(keys[2].public) in booted.run("wg", "show", "wg0", "peers"))
+    assert session in booted.run("wg", "show", "wg0", "latest-handshakes")
+    booted.run("systemctl", "stop", unit)
+    assert booted.show(unit, "Result") == "success"
+    assert "fwmark" not in booted.run("ip", "rule")
+    assert str(keys[2].public) in file.read_text()

@@ -96,7 +96,7 @@ def test_completing_a_command_loads_none() -> None:
             "print(*[n for n in sys.modules if n.startswith('fasttun.cli.')], file=sys.stderr)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert "plain,doctor" in done.stdout
-    assert set(done.stderr.split()) == {"fasttun.cli.command", "fasttun.cli.group"}
+    assert set(done.stderr.split()) == {"fasttun.cli.command", "fasttun.cli.group", "fasttun.cli.options"}
 
 
 def test_an_unknown_shell_is_named() -> None:

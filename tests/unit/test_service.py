@@ -5,6 +5,7 @@ Nothing here touches this machine's systemd: `--root` is a temporary directory, 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -22,6 +23,7 @@ from support.netns import Lab
 
 from fasttun import notify
 from fasttun.cli import service
+from fasttun.errors import ConfigurationError
 
 ROOT = Path(__file__).parents[2]
 LISTEN = ["--listen", "--address", "10.7.0.1/24"]
@@ -90,6 +92,17 @@ def test_install_again_replaces_the_flags(tmp_path: Path) -> None:
     assert "198.51.100.7" in (tmp_path / "etc/fasttun/tun0.conf").read_text()
 
 
+def test_the_sandbox_is_opened_for_the_fast_path_alone(tmp_path: Path) -> None:
+    drop_in = tmp_path / "etc/systemd/system/fasttun@tun0.service.d/fast-path.conf"
+    command(tmp_path, "install", "tun0", "--", *LISTEN, "--fast-path")
+    assert "CAP_BPF" in drop_in.read_text()
+    command(tmp_path, "install", "tun0", "--", *LISTEN)
+    assert not drop_in.parent.exists()
+    command(tmp_path, "install", "tun0", "--", *LISTEN, "--fast-path")
+    command(tmp_path, "remove", "tun0")
+    assert not drop_in.parent.exists()
+
+
 def test_a_packaged_unit_is_left_to_the_package(tmp_path: Path) -> None:
     (tmp_path / "usr/lib/systemd/system").mkdir(parents=True)
     (tmp_path / "usr/lib/systemd/system/fasttun@.service").touch()
@@ -110,6 +123,7 @@ def test_a_packaged_unit_is_left_to_the_package(tmp_path: Path) -> None:
         (["-x", "--", "--listen"], "-x"),
         (["an-interface-too-long", "--", "--listen"], "too-long"),
         (["wg0"], "/etc/wireguard/wg0.conf"),
+        (["tun0", "--", *LISTEN, "--key", "/root/key", "--peer", "x"], "/root/key is out of the service's sight"),
         (["--now", "tun0", "--", "--listen"], "--root"),
     ],
 )
@@ -118,6 +132,15 @@ def test_what_cannot_work_is_refused_before_anything_is_written(tmp_path: Path, 
     assert hint in told
     assert told.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("unit", "place", "seen"), [
+    ("fasttun", "/home/me/bin", False), ("fasttun", "/tmp/x", False), ("fasttun-up", "/tmp/x", False),
+    ("fasttun-up", "/home/me/bin", True), ("fasttun", "/opt/fasttun/bin", True), ("fasttun", "/homes/x", True),
+])
+def test_a_program_that_the_unit_hides_is_refused(unit: str, place: str, seen: bool) -> None:
+    with contextlib.nullcontext() if seen else pytest.raises(ConfigurationError, match=f"{place}/fasttun is out of"):
+        service._check_is_seen("service", unit, f"{place}/fasttun")
 
 
 @pytest.mark.parametrize("flags", [

@@ -300,6 +300,23 @@ def test_a_peer_that_restarted_is_found_again(network, pair):
     assert reborn.drops["unknown-index"] >= 10
 
 
+@pytest.mark.parametrize(("gap_s", "refused"), [
+    (0.005, "initiation-replayed"), (0.019, "initiation-flood"), (0.025, None)])
+def test_a_peer_removed_and_added_again(network, pair, gap_s, refused):
+    """Too soon for the other side's defence against replay and floods, it has its session with the first retry."""
+    a, b = pair
+    a.send(b"x")
+    network.run(gap_s)
+    a.take(a.interface.remove_peer(a.peer))
+    a.know(b)
+    a.send(b"y")
+    network.run(1.0)
+    assert dict(b.drops) == ({refused: 1} if refused else {})
+    assert (b.received[-1:] == [b"y"]) == (refused is None)
+    network.run(4.5)  # REKEY_TIMEOUT and its jitter
+    assert b.received[-1] == b"y"
+
+
 def test_crossing_initiations_lead_to_a_session_at_once(network):
     a, b = Node(network, endpoint(1)), Node(network, endpoint(2))
     a.know(b)
