@@ -59,8 +59,8 @@ class FastPath:
 
     mtu: bytes, of the TUN device. port: our UDP port. bound: the outer address that the socket is bound to, if any.
     own: this host's inner addresses. fixed: `table` has one peer, to which everything goes.
-    Raises `DeviceError` where the kernel has no tcx (before 6.6) or refuses: CAP_BPF, CAP_PERFMON, CAP_NET_ADMIN are needed.
-    Methods may be called from any thread; nothing remains after `close()`, or after the process.
+    Raises `DeviceError` where the kernel has no tcx (before 6.6) or refuses: it wants CAP_BPF, CAP_PERFMON and
+    CAP_NET_ADMIN. Methods may be called from any thread; nothing remains after `close()`, or after the process.
     """
 
     def __init__(self, table: PeerTable, *, tun: int, mtu: int, port: int, bound: Address | None,
