@@ -216,9 +216,9 @@ def ephemerals(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[PrivateKey]]:
     drawn: list[PrivateKey] = []
     begin = InitiatorHandshake.begin
 
-    def known(*arguments: Any) -> Any:
-        drawn.append(PrivateKey.generate())
-        return begin(*arguments, ephemeral=PrivateKey(drawn[-1].to_bytes()))
+    def known(*arguments: Any, ephemeral: PrivateKey) -> Any:
+        drawn.append(PrivateKey(ephemeral.to_bytes()))
+        return begin(*arguments, ephemeral=ephemeral)
 
     monkeypatch.setattr(InitiatorHandshake, "begin", known)
     return iter([drawn]).__next__()
