@@ -146,6 +146,7 @@ def settle(text: str, numbers_vary: bool = False) -> str:
             line = pattern.sub(name, line)
         if numbers_vary:
             line = re.sub(r" *\b\d[\d.,]*( [kMG]?B\b)?", " N", line)
+            line = re.sub(r"(?<=\S) +", " ", line)  # columns are as wide as their numbers
         lines.append(line.rstrip() + "\n")
     return "".join(lines)
 
