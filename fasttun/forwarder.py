@@ -374,11 +374,16 @@ class Forwarder(Tunnel):
                     self._ask_at = now
                 if events or fast_path.fileno() in ready:
                     self._sync_at = min(self._sync_at, self._synced_at + FAST_PATH_PAUSE_S)
-                if now >= self._sync_at:
-                    self._sync_fast_path(fast_path, now)
+                if now >= self._sync_at and not self._sync_fast_path(fast_path, now):
+                    poll.unregister(fast_path)
+                    fast_path.close()
+                    fast_path = None
 
-    def _sync_fast_path(self, fast_path: FastPath, now: float) -> None:
-        """Brings the fast path in line with the table; asks peers, new ones at once, whether they have one."""
+    def _sync_fast_path(self, fast_path: FastPath, now: float) -> bool:
+        """Brings the fast path in line with the table; asks peers, new ones at once, whether they have one.
+
+        False when the kernel takes no more of it.
+        """
         self._synced_at, self._sync_at = now, now + FAST_PATH_EVERY_S
         try:
             fast_path.sync()
@@ -389,10 +394,10 @@ class Forwarder(Tunnel):
                 for endpoint, local, request in fast_path.questions():
                     self._send_from(local, request, Endpoint(*endpoint))
         except OSError as error:
-            if self._offloads["fast-path"] == offload.ON:
-                self._offloads["fast-path"] = f"off: given up at run time ({error.strerror})"
-                log.warning("no fast path any more: %s; packets go on through the loop", error.strerror)
-                fast_path.close()
+            self._offloads["fast-path"] = f"off: given up at run time ({error.strerror})"
+            log.warning("no fast path any more: %s; packets go on through the loop", error.strerror)
+            return False
+        return True
 
     def _take_event(self, kind: str, endpoint: Endpoint, address: object, value: int,
                     peer: PeerStats | None) -> None:

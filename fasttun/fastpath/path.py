@@ -74,6 +74,7 @@ class FastPath:
         self._never = {key_of(address): bytes(programs.SOURCE_SIZE) for address in own} if fixed else {}
         self._links: dict[int, int | None] = {}  # interface: descriptor, None where it cannot be
         self._routes: dict[IPv4Address, _Route | None] = {}
+        self._path_mtus: dict[IPv4Address, int] = {}
         self._slots: dict[EndpointValue, int] = {}
         self._free = list(range(SLOTS - 1, -1, -1))
         self._seen: dict[int, tuple[int, ...]] = {}
@@ -173,6 +174,7 @@ class FastPath:
                 if now == before:
                     continue
                 self._seen[slot] = now
+                self._path_mtus.pop(_ipv4(endpoint[0]), None)  # where nothing goes nothing is learnt of the path
                 outbound_packets, outbound_bytes, inbound_packets, inbound_bytes = (
                     now[i] - before[i] for i in range(4))
                 self._table.account(
@@ -207,9 +209,10 @@ class FastPath:
         """Takes the programs off; what they have carried is collected. May be called twice."""
         with self._lock:
             if not self._closed and self._slots:
-                _put(self._target_map, self._targets, {})
-                _put(self._source_map, self._sources, {})
-                self.collect()
+                with contextlib.suppress(OSError):  # what is closed next goes anyway
+                    _put(self._target_map, self._targets, {})
+                    _put(self._source_map, self._sources, {})
+                    self.collect()
             self._closed = True
             for link in self._links.values():
                 if link is not None:
@@ -253,10 +256,12 @@ class FastPath:
         return Way(slot, route.interface, local, self._port, host, port)
 
     def _mtu_towards(self, host: IPv4Address) -> int:
-        try:
-            return self._place.run(lambda: path_mtu(host))
-        except EndpointError:
-            return 0
+        if host not in self._path_mtus:
+            try:
+                self._path_mtus[host] = self._place.run(lambda: path_mtu(host))
+            except EndpointError:
+                self._path_mtus[host] = 0
+        return self._path_mtus[host]
 
     def _route(self, host: IPv4Address) -> _Route | None:
         if host not in self._routes:
@@ -320,6 +325,7 @@ class FastPath:
                     changed = True
         if changed:
             self._routes.clear()
+            self._path_mtus.clear()
             gone = self._place.run(lambda: [interface for interface in self._links if not _exists(interface)])
             for interface in gone:
                 link = self._links.pop(interface)
