@@ -174,7 +174,9 @@ class FastPath:
                 if now == before:
                     continue
                 self._seen[slot] = now
-                self._path_mtus.pop(_ipv4(endpoint[0]), None)  # where nothing goes nothing is learnt of the path
+                host = _ipv4(endpoint[0])
+                if host is not None:
+                    self._path_mtus.pop(host, None)  # where nothing goes nothing is learnt of the path
                 outbound_packets, outbound_bytes, inbound_packets, inbound_bytes = (
                     now[i] - before[i] for i in range(4))
                 self._table.account(
