@@ -98,11 +98,12 @@ class TableAgainstTwin(RuleBasedStateMachine):
         expected, whom = self.twin.admit(whose, address, framing, self.now)
         assert min(verdict, 0) == expected
         asked = [to for to, _ in sent]
-        # The limit of checks is kept by hash: two endpoints may share one, then fewer are sent, never more.
+        # The claimants' limit is kept by hash: two endpoints may share one, then fewer are sent, never more.
         assert set(asked) <= set(whom)
         for lacking in set(whom) - set(asked):
+            assert lacking != self.twin.owner[address]
             assert any(other != lacking and self.now - then < self.twin.patience_ns // 5
-                       for other, then in [*self.twin.checked_ns.items(), *((to, self.now) for to in asked)])
+                       for other, then in self.twin.claimed_ns.items())
         for to, transaction in sent:
             self.checks.append(self.twin.asked(to, address, self.now, transaction))
 

@@ -28,6 +28,7 @@ class Peer:
     checks: int = 0
     first_check_ns: int = 0
     last_check_ns: int = 0
+    asked_ns: int | None = None  # as an owner, by a limit of its own
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class PeerTwin:
     peers: dict[Endpoint, Peer] = field(default_factory=dict)
     owner: dict[Address, Endpoint] = field(default_factory=dict)
     life: dict[Address, int] = field(default_factory=dict)
-    checked_ns: dict[Endpoint, int] = field(default_factory=dict)
+    claimed_ns: dict[Endpoint, int] = field(default_factory=dict)
     proven: dict[Address, tuple[Endpoint, int]] = field(default_factory=dict)
     scanned_ns: int = 0
     _lives: int = 0
@@ -116,15 +117,19 @@ class PeerTwin:
                 and now - owner.last_check_ns >= self.patience_ns // 3)
 
     def _whom_to_ask(self, address: Address, claimant: Endpoint, now: int) -> list[Endpoint]:
+        def may_be_asked(asked_ns: int | None) -> bool:
+            return asked_ns is None or now - asked_ns >= self.patience_ns // 5
+
         endpoint = self.owner[address]
         owner = self.peers[endpoint]
         wanted = []
-        if owner.checks == 0 or (owner.checks == 1 and now - owner.last_check_ns >= self.patience_ns // 3):
+        if (owner.checks == 0 or (owner.checks == 1 and now - owner.last_check_ns >= self.patience_ns // 3)) \
+                and may_be_asked(owner.asked_ns):
             wanted.append(endpoint)
-        if owner.checks and now - owner.first_check_ns >= self.patience_ns // 5:
+        if owner.checks and now - owner.first_check_ns >= self.patience_ns // 5 \
+                and may_be_asked(self.claimed_ns.get(claimant)):
             wanted.append(claimant)
-        return [whom for whom in wanted
-                if whom not in self.checked_ns or now - self.checked_ns[whom] >= self.patience_ns // 5]
+        return wanted
 
     def _move(self, address: Address, to: Endpoint, now: int) -> bool:
         """Whether there was room for it."""
@@ -145,9 +150,11 @@ class PeerTwin:
         return True
 
     def asked(self, whom: Endpoint, address: Address, now: int, transaction: bytes) -> Check:
-        self.checked_ns[whom] = now
-        if whom == self.owner[address]:
+        if whom != self.owner[address]:
+            self.claimed_ns[whom] = now
+        else:
             owner = self.peers[whom]
+            owner.asked_ns = now
             if owner.checks == 0:
                 owner.first_check_ns = now
             owner.checks += 1
