@@ -73,7 +73,7 @@ def reachable(ask: Question) -> Finding:
     return Finding(name, FAIL, seen,
                    "there: start fasttun --listen, open the port "
                    f"(nft add rule inet filter input udp dport {ask.port} accept; the cloud's security group), "
-                   "forward it if behind NAT; a lametun listener never answers")
+                   "forward it if behind NAT; a lametun listener never answers, one with --key only its peers")
 
 
 @_with_contact("path mtu")
