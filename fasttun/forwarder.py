@@ -372,7 +372,10 @@ class Forwarder(Tunnel):
                 now = time.monotonic()
                 if any(event[0] in ("peer", "moved") for event in events):
                     self._ask_at = now
-                if events or fast_path.fileno() in ready:
+                changed = fast_path.fileno() in ready
+                if changed:
+                    fast_path.take_changes()  # now, or the descriptor stays readable
+                if events or changed:
                     self._sync_at = min(self._sync_at, self._synced_at + FAST_PATH_PAUSE_S)
                 if now >= self._sync_at and not self._sync_fast_path(fast_path, now):
                     poll.unregister(fast_path)

@@ -129,7 +129,7 @@ class FastPath:
                 self._attach(interface)
 
     def fileno(self) -> int:
-        """Readable when routes, addresses or devices have changed: time for `sync()`."""
+        """Readable when routes, addresses or devices have changed: time for `take_changes()`, and `sync()`."""
         return self._changes.fileno()
 
     def sync(self) -> None:
@@ -138,7 +138,7 @@ class FastPath:
             if self._closed:
                 return
             self.collect()
-            self._take_changes()
+            self.take_changes()
             peers = [] if self._paused else self._table.peers()
             targets: dict[bytes, bytes] = {}
             sources = dict(self._never) if peers else {}
@@ -314,8 +314,13 @@ class FastPath:
                 raise
             return None
 
-    def _take_changes(self) -> None:
+    def take_changes(self) -> None:
         """Forgets the routes when the kernel has told of a change."""
+        with self._lock:
+            if not self._closed:
+                self._take_changes()
+
+    def _take_changes(self) -> None:
         changed = False
         with contextlib.suppress(BlockingIOError):
             while True:
