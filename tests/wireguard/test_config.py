@@ -186,13 +186,15 @@ def test_time_grows_with_the_peers_alone() -> None:
         text = "[Interface]\n" + "".join(
             f"[Peer]\nPublicKey = {key}\nAllowedIPs = 10.{number >> 8}.{number & 255}.1/32\n"
             for number, key in enumerate(keys[:count]))
-        begin = time.perf_counter()
+        begin = time.process_time()
         assert len(Config.parse(text).peers) == count
-        return time.perf_counter() - begin
+        return time.process_time() - begin
+
+    def least(count: int) -> float:
+        return min(seconds(count) for _ in range(3))
 
     keys = [PrivateKey.generate().public for _ in range(4000)]
-    seconds(100)
-    assert seconds(4000) < 40 * max(seconds(400), 0.005)
+    assert least(4000) < 40 * max(least(400), 0.005)
 
 
 @given(st.text(max_size=200))
