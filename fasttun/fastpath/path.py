@@ -73,7 +73,7 @@ class FastPath:
         self._sources: dict[bytes, bytes] = {}
         self._never = {key_of(address): bytes(programs.SOURCE_SIZE) for address in own} if fixed else {}
         self._links: dict[int, int | None] = {}  # interface: descriptor, None where it cannot be
-        self._routes: dict[IPv4Address, _Route | None] = {}
+        self._routes: dict[tuple[IPv4Address, IPv4Address | None], _Route | None] = {}
         self._path_mtus: dict[IPv4Address, int] = {}
         self._slots: dict[EndpointValue, int] = {}
         self._free = list(range(SLOTS - 1, -1, -1))
@@ -124,7 +124,7 @@ class FastPath:
         What is not done here is done when a peer is learned, which needs the same privileges.
         """
         with self._lock:
-            routes = [self._route(host) for host in hosts if isinstance(host, IPv4Address)]
+            routes = [self._route(host, self._bound) for host in hosts if isinstance(host, IPv4Address)]
             for interface in [route.interface for route in routes if route] or self._all_interfaces():
                 self._attach(interface)
 
@@ -234,10 +234,11 @@ class FastPath:
         if isinstance(host, IPv6Address) and host.ipv4_mapped is not None:
             host = host.ipv4_mapped
         route = None
+        local = _ipv4(peer["local"]) or self._bound
         if not reason and not isinstance(host, IPv4Address):
             reason = "an outer address of IPv6"
         elif isinstance(host, IPv4Address):
-            route = self._route(host)
+            route = self._route(host, local)
             if route is None:
                 reason = reason or "no route that leaves this host by a device"
             elif self._mtu_towards(host) < self._mtu + HEADERS:
@@ -254,8 +255,7 @@ class FastPath:
             if not self._free:
                 return None
             slot = self._slots[endpoint] = self._free.pop()
-        local = _ipv4(peer["local"]) or self._bound or route.source
-        return Way(slot, route.interface, local, self._port, host, port)
+        return Way(slot, route.interface, local or route.source, self._port, host, port)
 
     def _mtu_towards(self, host: IPv4Address) -> int:
         if host not in self._path_mtus:
@@ -265,16 +265,19 @@ class FastPath:
                 self._path_mtus[host] = 0
         return self._path_mtus[host]
 
-    def _route(self, host: IPv4Address) -> _Route | None:
-        if host not in self._routes:
-            self._routes[host] = self._ask_route(host)
-        return self._routes[host]
+    def _route(self, host: IPv4Address, local: IPv4Address | None) -> _Route | None:
+        """The way to `host` for datagrams from `local`, as rules may tell them apart."""
+        if (host, local) not in self._routes:
+            self._routes[host, local] = self._ask_route(host, local)
+        return self._routes[host, local]
 
-    def _ask_route(self, host: IPv4Address) -> _Route | None:
+    def _ask_route(self, host: IPv4Address, local: IPv4Address | None) -> _Route | None:
+        asked = {"dst": str(host)} if local is None else {"dst": str(host), "src": str(local)}
+
         def work() -> _Route | None:
             with netlink() as ipr:
-                found = ipr.route("get", dst=str(host))[0]
-            interface, source = found.get("RTA_OIF"), found.get("RTA_PREFSRC")
+                found = ipr.route("get", **asked)[0]
+            interface, source = found.get("RTA_OIF"), found.get("RTA_PREFSRC") or local
             if found["type"] != _UNICAST or interface in (None, self._tun) or source is None:
                 return None
             return _Route(int(interface), IPv4Address(source))
