@@ -1738,8 +1738,8 @@ cdef class Engine:
         self.name = name
         w.busy_poll_ns = <uint64_t>busy_poll_us * 1000
         w.slot = (mtu + HEAD_ROOM + TAIL_ROOM + SLOT - 1) // SLOT * SLOT
-        w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro else MAX_RECEIVE
-        w.receive_slot = FRAME if udp_gro else (mtu + SESSION_OVERHEAD + SLOT - 1) // SLOT * SLOT
+        w.receive = 1 if burst_packets == 1 else GRO_RECEIVE if udp_gro or unfinished else MAX_RECEIVE
+        w.receive_slot = FRAME if udp_gro or unfinished else (mtu + SESSION_OVERHEAD + SLOT - 1) // SLOT * SLOT
         w.tun_ends = socket_type(tun_fd) != SOCK_DGRAM
         w.tun_is_socket = burst_packets > 1 and not vnet_header and socket_type(tun_fd) >= 0
         if w.tun_is_socket:

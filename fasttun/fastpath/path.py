@@ -81,7 +81,6 @@ class FastPath:
         self._told: dict[EndpointValue, str] = {}
         self._paused = 0
         self._closed = False
-        self._processors = _possible_processors()
         self.carried = Carried()
         """In total, as of the last `collect`."""
         try:
@@ -101,6 +100,7 @@ class FastPath:
             self._undo.callback(os.close, fd)
             return fd
 
+        self._processors = _possible_processors()
         self._place = Place()
         self._undo.callback(self._place.close)
         self._target_map = own(bpf.create_map(bpf.HASH, programs.KEY_SIZE, programs.TARGET_SIZE, ADDRESSES, "targets"))
@@ -153,8 +153,6 @@ class FastPath:
                 keys = [ANY] if self._fixed else [key_of(address) for address in peer["addresses"]]
                 targets.update(dict.fromkeys(keys, way.target()))
                 sources.update(dict.fromkeys(keys, way.source()))
-                if len(peers) == 1:  # as the loop does: what nobody has goes to the only peer
-                    targets[ANY] = way.target()
             _put(self._source_map, self._sources, sources)
             _put(self._target_map, self._targets, targets)
 

@@ -147,7 +147,7 @@ def test_one_side_alone_goes_through_the_loops(lab: Lab, fast: str) -> None:
         assert carried(listener if fast == "listener" else client) == (0, 0)
 
 
-@pytest.mark.parametrize("options", [{}, {"tun_offload": False}], ids=["vnet header", "without"])
+@pytest.mark.parametrize("options", [{}, {"tun_offload": False}, {"udp_gro": False}], ids=["all", "no vnet", "no GRO"])
 def test_the_loop_finishes_what_the_kernel_has_sent(lab: Lab, options: dict[str, object]) -> None:
     """One side's fast path rests, as while somebody captures: the other goes on sending frames and sums undone."""
     with joined(lab, **options) as (listener, client, a, b):
