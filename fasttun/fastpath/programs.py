@@ -226,6 +226,9 @@ def inbound(sources: int, counts: int, *, port: int, tun: int, ethernet: bool) -
     a.big_endian(R1, 16)
     a.do("add", R1, 40)
     a.jump_if(R1, "!=", R7, "pass")
+    # ::/64 spells IPv4 addresses, too: the loop decides.
+    a.load(8, R1, R2, packet + 8)
+    a.jump_if(R1, "==", 0, "pass")
     _ipv6_key(a, R2, packet + 8)
     a.label("look up")
     _find(a, sources)
