@@ -7,7 +7,7 @@
 Each tunnel runs once a round, so a slow minute of the machine hits all alike: compare medians and ratios of
 one file, never single figures or two files. Each kind of link is measured: "whole", where the veth pair
 carries a UDP segmentation frame as one piece, and "split", where it is cut first, as on a network card
-without that feature.
+without that feature. On request "cut", where frames of UDP tunnels, such as VXLAN's, are cut as well.
 
 This file is the order of events and the JSON; the tunnels are in tunnels.py, the measures in measure.py.
 """
@@ -33,7 +33,8 @@ from fasttun.demo.hosts import Host, HostError, requirements, two_hosts
 
 SCHEMA = 1
 RESULTS = Path(__file__).resolve().with_name("results")
-LINKS = ("whole", "split")
+LINKS = ("whole", "split", "cut")
+USUAL_LINKS = LINKS[:2]
 MEASURES = ("ping", "udp", "iperf-udp", "tcp", "load")
 
 
@@ -83,7 +84,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, help="length of each TCP and UDP measure (default 2)")
     parser.add_argument("--only", default="", metavar="NAMES", help="tunnels, by comma")
     parser.add_argument("--measures", default=",".join(MEASURES), metavar="NAMES", help=f"of {','.join(MEASURES)}")
-    parser.add_argument("--links", default=",".join(LINKS), metavar="NAMES", help=f"of {','.join(LINKS)}")
+    parser.add_argument("--links", default=",".join(USUAL_LINKS), metavar="NAMES",
+                        help=f"of {','.join(LINKS)} (default {','.join(USUAL_LINKS)})")
     parser.add_argument("--congestion", default="cubic,bbr", metavar="NAMES", help="TCP congestion controls")
     parser.add_argument(
         "--peer-binary",
@@ -208,9 +210,14 @@ def _one(
 
 
 def _prepare_link(hosts: tuple[Host, Host], link: str) -> None:
-    switch = "off" if link == "split" else "on"
+    switches = {
+        "tx-udp-segmentation": link == "whole",
+        "tx-udp_tnl-segmentation": link != "cut",
+        "tx-udp_tnl-csum-segmentation": link != "cut",
+    }
+    words = [word for name, on in switches.items() for word in (name, "on" if on else "off")]
     for host in hosts:
-        host.run("ethtool", "-K", LINK_DEVICE, "tx-udp-segmentation", switch)
+        host.run("ethtool", "-K", LINK_DEVICE, *words)
 
 
 def _wait_until_it_carries(tunnel: Tunnel, hosts: tuple[Host, Host]) -> None:

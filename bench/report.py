@@ -137,6 +137,7 @@ def number(value: float | None) -> str:
 LINK_TITLES = {
     "whole": "The veth pair carries a UDP segmentation frame whole (its default)",
     "split": "`tx-udp-segmentation off`, as on a network card without that feature",
+    "cut": "No segmentation of UDP or of tunnels at all (`tx-udp*-segmentation off`)",
 }
 
 

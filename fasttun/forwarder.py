@@ -373,22 +373,24 @@ class Forwarder(Tunnel):
                 if any(event[0] in ("peer", "moved") for event in events):
                     self._ask_at = now
                 changed = fast_path.fileno() in ready
-                if changed:
-                    fast_path.take_changes()  # now, or the descriptor stays readable
                 if events or changed:
                     self._sync_at = min(self._sync_at, self._synced_at + FAST_PATH_PAUSE_S)
-                if now >= self._sync_at and not self._sync_fast_path(fast_path, now):
+                if not self._keep_fast_path(fast_path, now, changed):
                     poll.unregister(fast_path)
                     fast_path.close()
                     fast_path = None
 
-    def _sync_fast_path(self, fast_path: FastPath, now: float) -> bool:
-        """Brings the fast path in line with the table; asks peers, new ones at once, whether they have one.
+    def _keep_fast_path(self, fast_path: FastPath, now: float, changed: bool) -> bool:
+        """If it is time, brings it in line with the table; asks peers, new ones at once, whether they have one.
 
-        False when the kernel takes no more of it.
+        changed: its descriptor is readable. False when the kernel takes no more of it.
         """
-        self._synced_at, self._sync_at = now, now + FAST_PATH_EVERY_S
         try:
+            if changed:
+                fast_path.take_changes()  # now, or the descriptor stays readable
+            if now < self._sync_at:
+                return True
+            self._synced_at, self._sync_at = now, now + FAST_PATH_EVERY_S
             fast_path.sync()
             if now >= self._ask_at:
                 self._ask_at = now + FAST_PATH_ASK_EVERY_S
@@ -498,13 +500,6 @@ class Forwarder(Tunnel):
             self._wake_watcher()
 
     # --------------------------------------------------------------------------------- what it is
-
-    @property
-    def routes(self) -> tuple[Network, ...]:
-        """The networks that the kernel routes into the device, in any table; empty without a device."""
-        from .routes import routes_through
-
-        return routes_through(self.device)
 
     @property
     def peers(self) -> tuple[PeerStats, ...]:

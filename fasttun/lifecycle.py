@@ -21,6 +21,7 @@ from .errors import FasttunError, StateError
 from .stats import Stats
 
 if TYPE_CHECKING:
+    from ipaddress import IPv4Network, IPv6Network
     from types import TracebackType
 
     from typing_extensions import Self
@@ -268,6 +269,13 @@ class Tunnel:
                 os.eventfd_write(self._wake, 1)
 
     # What it is.
+
+    @property
+    def routes(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks that the kernel routes into the device, in any table; empty without a device."""
+        from .routes import routes_through
+
+        return routes_through(self.device)
 
     def through_the_loop(self) -> contextlib.AbstractContextManager[object]:
         """Within it every packet passes through the loop, where it can be captured."""

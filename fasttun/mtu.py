@@ -50,11 +50,11 @@ def inner_mtu(path_mtu: int, outer_version: int, framing: str) -> int:
     return largest
 
 
-def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0) -> int:
+def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0, *, local: IPv4Address | None = None) -> int:
     """Bytes: the MTU of today's route to `host`, with what path MTU discovery has learnt. Sends nothing.
 
-    `scope_id`: interface index for a link-local host without %scope. EndpointError (ENETUNREACH) when
-    there is no route.
+    `scope_id`: interface index for a link-local host without %scope. `local`: for datagrams from this address of
+    an IPv4 `host`'s peer. EndpointError (ENETUNREACH) when there is no route.
     """
     host = ip_address(host)
     if isinstance(host, IPv6Address) and host.ipv4_mapped is not None:
@@ -62,6 +62,8 @@ def path_mtu(host: IPv4Address | IPv6Address, scope_id: int = 0) -> int:
     try:
         if isinstance(host, IPv4Address):
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+                if local is not None:
+                    probe.bind((str(local), 0))
                 probe.connect((str(host), _DISCARD_PORT))
                 return probe.getsockopt(socket.IPPROTO_IP, _IP_MTU)
         with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:

@@ -26,7 +26,8 @@ _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _MAP_DELETE, _PROG_LOAD, _PROG_QUERY, _LI
 _SCHED_CLS = 3
 _LICENSE = ctypes.create_string_buffer(b"Dual MIT/GPL")
 _LOG_BYTES = 1 << 16
-_CALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "ppc64le": 361, "s390x": 351}
+_CALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "ppc64le": 361}
+"""Little-endian machines of 64 bits: the assembler writes their layout of an instruction."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.syscall.restype = ctypes.c_long
@@ -38,7 +39,7 @@ def _bpf(command: int, attributes: bytes) -> int:
 
 def _call(command: int, buffer: ctypes.Array[ctypes.c_char]) -> int:
     number = _CALL.get(platform.machine())
-    if number is None:
+    if number is None or struct.calcsize("P") != 8:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     result = int(_libc.syscall(ctypes.c_long(number), ctypes.c_int(command), buffer, ctypes.c_uint(len(buffer))))
     if result < 0:

@@ -142,10 +142,6 @@ class FastPath:
             peers = [] if self._paused else self._table.peers()
             targets: dict[bytes, bytes] = {}
             sources = dict(self._never) if peers else {}
-            endpoints = {peer["endpoint"] for peer in peers}
-            for gone in self._slots.keys() - endpoints:
-                self._free.append(self._slots.pop(gone))
-                self._told.pop(gone, None)
             for peer in peers:
                 way = self._way(peer)
                 if way is None:
@@ -155,6 +151,16 @@ class FastPath:
                 sources.update(dict.fromkeys(keys, way.source()))
             _put(self._source_map, self._sources, sources)
             _put(self._target_map, self._targets, targets)
+            self._free_slots({peer["endpoint"] for peer in peers})
+
+    def _free_slots(self, stay: set[EndpointValue]) -> None:
+        """Once nothing counts there any more: what came until now is the old peer's."""
+        gone = self._slots.keys() - stay
+        if gone:
+            self.collect()
+        for endpoint in gone:
+            self._free.append(self._slots.pop(endpoint))
+            self._told.pop(endpoint, None)
 
     def questions(self) -> list[tuple[EndpointValue, Address | None, bytes]]:
         """What to send to the learned peers to know which have a fast path: endpoint, own address, datagram."""
@@ -191,13 +197,13 @@ class FastPath:
         """Within it, every packet goes through the loop."""
         with self._lock:
             self._paused += 1
-            self.sync()
         try:
+            self.sync()
             yield
         finally:
             with self._lock:
                 self._paused -= 1
-                self.sync()
+            self.sync()
 
     @property
     def peers(self) -> int:
@@ -239,7 +245,7 @@ class FastPath:
             route = self._route(host, local)
             if route is None:
                 reason = reason or "no route that leaves this host by a device"
-            elif self._mtu_towards(host) < self._mtu + HEADERS:
+            elif self._mtu_towards(host, local) < self._mtu + HEADERS:
                 reason = reason or "a path that does not carry the device's MTU"
             elif self._attach(route.interface) is None:
                 reason = reason or "a device that takes no program"
@@ -255,10 +261,10 @@ class FastPath:
             slot = self._slots[endpoint] = self._free.pop()
         return Way(slot, route.interface, local or route.source, self._port, host, port)
 
-    def _mtu_towards(self, host: IPv4Address) -> int:
+    def _mtu_towards(self, host: IPv4Address, local: IPv4Address | None) -> int:
         if host not in self._path_mtus:
             try:
-                self._path_mtus[host] = self._place.run(lambda: path_mtu(host))
+                self._path_mtus[host] = self._place.run(lambda: path_mtu(host, local=local))
             except EndpointError:
                 self._path_mtus[host] = 0
         return self._path_mtus[host]

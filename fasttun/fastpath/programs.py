@@ -25,7 +25,7 @@ HEADERS = 28
 KEY_SIZE = 16
 """Bytes of an inner address, IPv4 as ::ffff:0:0/96."""
 ANY = bytes(KEY_SIZE)
-"""The key of the peer for addresses that nobody has."""
+"""The key of a client's only peer, for all addresses."""
 
 _TARGET = struct.Struct("=II28sI")  # slot, interface, headers, their partial sum
 _SOURCE = struct.Struct("=I4s4s2s2x")  # slot, outer address of the peer, ours, its port
@@ -281,23 +281,24 @@ def _ipv6_key(a: Assembler, data: Register, at: int) -> None:
         a.store(4, FRAME, _KEY + part, R1)
 
 
+def _look_up(a: Assembler, map_fd: int, at: int) -> None:
+    """r0 = the value for the key on the stack at `at`, 0 without one. Overwrites r1 to r5."""
+    a.map(R1, map_fd)
+    a.mov(R2, FRAME)
+    a.do("add", R2, at)
+    a.call(_MAP_LOOKUP)
+
+
 def _find(a: Assembler, map_fd: int) -> None:
     """r8 = the value for the key on the stack, or for ANY; else the packet passes."""
-    a.map(R1, map_fd)
-    a.mov(R2, FRAME)
-    a.do("add", R2, _KEY)
-    a.call(_MAP_LOOKUP)
-    a.mov(R8, R0)
-    a.jump_if(R8, "!=", 0, "found")
+    _look_up(a, map_fd, _KEY)
+    a.jump_if(R0, "!=", 0, "found")
     a.store(8, FRAME, _KEY, 0)
     a.store(8, FRAME, _KEY + 8, 0)
-    a.map(R1, map_fd)
-    a.mov(R2, FRAME)
-    a.do("add", R2, _KEY)
-    a.call(_MAP_LOOKUP)
-    a.mov(R8, R0)
-    a.jump_if(R8, "==", 0, "pass")
+    _look_up(a, map_fd, _KEY)
+    a.jump_if(R0, "==", 0, "pass")
     a.label("found")
+    a.mov(R8, R0)
 
 
 def _count(a: Assembler, packet: int) -> None:
@@ -350,10 +351,7 @@ def _count(a: Assembler, packet: int) -> None:
 
 def _add_counts(a: Assembler, counts: int, at: int) -> None:
     """Adds what `_count` found to the slot's counters at `at`; inbound also the time. Overwrites r0 to r5."""
-    a.map(R1, counts)
-    a.mov(R2, FRAME)
-    a.do("add", R2, _SLOT)
-    a.call(_MAP_LOOKUP)
+    _look_up(a, counts, _SLOT)
     a.jump_if(R0, "==", 0, "uncounted")
     for field, stack in ((at, _PACKETS), (at + 8, _BYTES)):
         a.load(8, R1, R0, field)

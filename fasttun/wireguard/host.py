@@ -40,7 +40,7 @@ from .outputs import (
 )
 from .peer import Peer
 
-__all__ = ["KEEP", "Host", "Keep"]
+__all__ = ["KEEP", "Host", "Keep", "look_up", "split_endpoint"]
 
 log = logging.getLogger("fasttun")
 
@@ -412,6 +412,11 @@ def _configuration(member: _Member) -> PeerConfig:
         allowed_ips=tuple(member.allowed_ips), name=member.name,
         endpoint=str(peer.endpoint) if peer.endpoint is not None else member.given,
         persistent_keepalive=int(peer.timers.persistent_keepalive))
+
+
+def look_up(peer: PeerConfig) -> Endpoint | None:
+    """Where the peer's `endpoint` is now; None without one. EndpointError for a name that is not found."""
+    return resolve(*split_endpoint(peer.endpoint))[0] if peer.endpoint is not None else None
 
 
 def split_endpoint(text: str) -> tuple[str, int]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..endpoint import Endpoint, resolve
 from ..errors import ConfigurationError
-from .host import KEEP, split_endpoint
+from .host import KEEP, look_up
 
 if TYPE_CHECKING:
+    from ..endpoint import Endpoint
     from ..stats import WireGuardPeer
     from .config import Config, PeerConfig
     from .tunnel import WireGuard
@@ -50,7 +50,7 @@ def take_over(tunnel: WireGuard, before: Config, after: Config) -> Taken:
         raise ConfigurationError("PublicKey", f"{key.public} is this interface's own", "a peer has the other's key")
     given = {peer.public_key: peer.endpoint for peer in before.peers}
     running = {peer.public_key: peer for peer in tunnel.peers}
-    found = {peer.public_key: _look_up(peer) for peer in after.peers
+    found = {peer.public_key: look_up(peer) for peer in after.peers
              if peer.public_key not in running or peer.endpoint != given.get(peer.public_key)}
 
     later = [name for field, name in _AT_START.items() if getattr(before, field) != getattr(after, field)]
@@ -72,10 +72,6 @@ def take_over(tunnel: WireGuard, before: Config, after: Config) -> Taken:
     for peer in added:
         tunnel.add_peer(peer, at=found[peer.public_key])
     return Taken(len(added), len(removed), changed, tuple(later))
-
-
-def _look_up(peer: PeerConfig) -> Endpoint | None:
-    return resolve(*split_endpoint(peer.endpoint))[0] if peer.endpoint is not None else None
 
 
 def _is_default_route(config: Config) -> bool:

@@ -27,12 +27,12 @@ from typing import cast
 from .. import offload
 from .._core import Engine, SessionTable
 from ..device import TunDevice
-from ..endpoint import Endpoint, open_udp, resolve, tell_local_address
+from ..endpoint import Endpoint, open_udp, tell_local_address
 from ..errors import ConfigurationError, DeviceError, EndpointError, FasttunError, StateError
 from ..lifecycle import Tunnel
 from ..stats import DirectionStats, Stats, WireGuardPeer
 from .config import Config, PeerConfig
-from .host import KEEP, Host, Keep, split_endpoint
+from .host import KEEP, Host, Keep, look_up
 from .keys import PresharedKey, PrivateKey, PublicKey
 
 __all__ = ["DEFAULT_MTU", "KEEP", "WireGuard"]
@@ -132,7 +132,7 @@ class WireGuard(Tunnel):
         if config.private_key is not None:
             host.set_private_key(config.private_key)
         for peer in config.peers:
-            host.add_peer(peer, _look_up(peer))
+            host.add_peer(peer, look_up(peer))
         self._pin_endpoints(host)
         self._table, self._host = table, host
         self._start_threads()
@@ -327,7 +327,7 @@ class WireGuard(Tunnel):
 
         at: what its endpoint's name stands for, when that has been looked up already.
         """
-        endpoint = at or _look_up(config)
+        endpoint = at or look_up(config)
         with self._running_host() as host:
             host.add_peer(config, endpoint)
         self._wake_watcher()
@@ -394,13 +394,6 @@ class WireGuard(Tunnel):
     # --------------------------------------------------------------------------------- what it is
 
     @property
-    def routes(self) -> tuple[Network, ...]:
-        """The networks that the kernel routes into the device, in any table; empty without a device."""
-        from ..routes import routes_through
-
-        return routes_through(self.device)
-
-    @property
     def peers(self) -> tuple[WireGuardPeer, ...]:
         """All peers as they are now; after `stop()` as they were last."""
         host, final = self._host, self._final
@@ -448,10 +441,6 @@ def _patience_ms(deadline: float | None, busy: bool) -> int:
     if deadline is not None:
         waits.append(max(0.0, deadline - time.monotonic()))
     return math.ceil(min(waits) * 1000) if waits else -1
-
-
-def _look_up(peer: PeerConfig) -> Endpoint | None:
-    return resolve(*split_endpoint(peer.endpoint))[0] if peer.endpoint is not None else None
 
 
 def _mark(sock: socket.socket, fwmark: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import random
 import signal
@@ -12,11 +13,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from unittest.mock import Mock
 
 import pytest
 from support.netns import Lab, Namespace, wait_until
 from support.transfer import transfer
-from support.tunnels import COOKIE, assert_balanced, ip_packet, pi, settled, stun_success
+from support.tunnels import COOKIE, assert_balanced, checksum, ip_packet, pi, settled, stun_success
 
 from fasttun import Forwarder
 from fasttun.fastpath import bpf
@@ -197,12 +199,14 @@ def test_what_is_not_the_peers_comes_to_the_loop(lab: Lab) -> None:
         peer.sendto(good, to)
         wait_until(lambda: carried(listener)[1] == 1, what="the peer's own packet on the fast path")
         for data, sock in ((good, stranger), (good[:-1], peer), (good + b"x", peer), (b"\x45" + bytes(30), peer),
-                           (pi(good), peer), (ip_packet("10.7.0.1", "10.7.0.1"), peer)):
+                           (pi(good), peer), (ip_packet("10.7.0.1", "10.7.0.1"), peer),
+                           (ip_packet("::ffff:10.7.0.9", "fd07::1"), peer)):
             sock.sendto(data, to)
         peer.sendto(ip_packet("10.7.0.9", "10.7.0.1", b"y" * 3000), to)  # two outer fragments
-        wait_until(lambda: listener.stats().inbound.dropped >= 5, what="the loop sees them")
+        wait_until(lambda: listener.stats().inbound.dropped >= 6, what="the loop sees them")
         assert carried(listener)[1] == 1
         assert listener.stats().inbound.drops["unproven"] == 1
+        assert listener.stats().inbound.drops["martian"] == 2
         assert [str(each) for each in listener.peers[0].addresses] == ["10.7.0.9"]
 
 
@@ -263,6 +267,90 @@ def test_a_host_behind_the_listener(lab: Lab) -> None:
         transfer(b, inside, lan.b.v4)
         transfer(inside, b, "10.7.0.2")
         assert carried(listener)[1] > 12_000
+
+
+def echo(source: str, destination: str) -> bytes:
+    """An ICMP echo request that a kernel answers."""
+    body = struct.pack("!BBHHH", 8, 0, 0, 1, 1) + b"x" * 20
+    return ip_packet(source, destination, body[:2] + struct.pack("!H", checksum(body)) + body[4:], protocol=1)
+
+
+def test_the_answer_to_a_new_peer_is_not_the_only_known_ones(lab: Lab) -> None:
+    """It comes before the programs can know the new one."""
+    a, b, link = lab.pair()
+    with tunnel(a, listen=True, address=NEAR[0]) as listener, socket_peer(b) as (first, to_first), \
+            socket_peer(b) as (second, to_second):
+        to = (link.a.v4, listener.local_port)
+        first.sendto(echo("10.7.0.2", "10.7.0.1"), to)
+        in_use(listener)
+        second.sendto(echo("10.7.0.3", "10.7.0.1"), to)
+        wait_until(lambda: to_second, 2, what="the answer")
+        assert {packet[16:20] for packet in to_first} == {socket.inet_aton("10.7.0.2")}
+        assert {packet[16:20] for packet in to_second} == {socket.inet_aton("10.7.0.3")}
+
+
+def test_rules_by_source_are_obeyed(lab: Lab) -> None:
+    """A listener with two uplinks: what leaves from the one's address goes by the one, as a rule says."""
+    a, b, link = lab.pair()
+    other = lab.link(a, b)
+    b.ip("address", "add", "192.0.2.9/32", "dev", "lo")
+    b.ip("route", "add", f"{link.a.v4}/32", "dev", link.b.device, "src", "192.0.2.9")
+    a.ip("route", "add", "192.0.2.9/32", "via", other.b.v4)
+    a.ip("rule", "add", "from", link.a.v4, "lookup", "100")
+    a.ip("route", "add", "192.0.2.9/32", "via", link.b.v4, "table", "100")
+    for ns, devices in ((a, (link.a.device, other.a.device)), (b, (link.b.device, other.b.device))):
+        for device in ("all", *devices):
+            ns.run(["sysctl", "-qw", f"net.ipv4.conf.{device}.rp_filter=0"])
+    with tunnel(a, listen=True, address=NEAR[0]) as listener, \
+            tunnel(b, server=link.a.v4, bind="192.0.2.9", address=FAR[0]) as client:
+        reaches(b, "10.7.0.1")
+        in_use(listener, client)
+        before = carried(listener), sent_by(a, other.a.device)
+        transfer(a, b, "10.7.0.2", 1 << 20)
+        assert carried(listener)[0] - before[0][0] > 500
+        assert sent_by(a, other.a.device) - before[1] < 10
+
+
+def sent_by(ns: Namespace, device: str) -> int:
+    """Packets that have left by the device."""
+    return int(ns.run(["ip", "-j", "-s", "link", "show", device]).stdout.split('"tx":')[1].split('"packets":')[1]
+               .split(",")[0])
+
+
+def test_given_up_at_run_time_it_goes_on_through_the_loop(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    with joined(lab) as (listener, client, a, b):
+        in_use(listener, client)
+        monkeypatch.setattr(bpf, "delete", refuse)
+        monkeypatch.setattr(bpf, "update", refuse)
+        b.ip("address", "add", "10.7.0.77/24", "dev", "tun0")
+        b.run(["ping", "-n", "-c1", "-W1", "-I", "10.7.0.77", "10.7.0.1"], check=False)  # news for the maps
+        wait_until(lambda: listener.stats().offloads["fast-path"].startswith("off: given up"), 5)
+        assert programs(a, "tun0", bpf.TCX_EGRESS) == 0
+        transfer(b, a, "10.7.0.1", 1 << 20)
+        transfer(a, b, "10.7.0.2", 1 << 20)
+        assert listener.running
+        spent = time.process_time()
+        time.sleep(0.5)
+        assert time.process_time() - spent < 0.25, "nothing spins on a closed descriptor"
+    assert [record.levelname for record in caplog.records if "no fast path any more" in record.message] == ["WARNING"]
+
+
+def test_a_pause_that_fails_is_over_all_the_same(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    with joined(lab) as (listener, client, _, _b):
+        in_use(listener, client)
+        fast_path = listener._fast_path
+        assert fast_path is not None
+        with monkeypatch.context() as patched:
+            patched.setattr(fast_path, "sync", Mock(side_effect=OSError(errno.EPERM, "refused")))
+            with pytest.raises(OSError, match="refused"), listener.through_the_loop():
+                pass
+        fast_path.sync()
+        assert fast_path.peers == 1
 
 
 @pytest.mark.parametrize("kind", ["ipv6 outside", "packet information", "small path"])

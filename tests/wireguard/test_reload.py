@@ -15,7 +15,7 @@ from support.wireguard import at, ends, exchange, networks, pair_of_configs
 
 from fasttun import ConfigurationError, WireGuard
 from fasttun.errors import EndpointError
-from fasttun.wireguard import reload
+from fasttun.wireguard import host
 from fasttun.wireguard.config import Config, PeerConfig
 from fasttun.wireguard.keys import PresharedKey, PrivateKey, PublicKey
 from fasttun.wireguard.reload import Taken, take_over
@@ -90,7 +90,7 @@ def test_what_is_refused_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
     before, far = pair_of_configs()
     with ends((before, far)) as pair:
         assert before.private_key is not None
-        monkeypatch.setattr(reload, "resolve", resolve)
+        monkeypatch.setattr(host, "resolve", resolve)
         own = PeerConfig(before.private_key.public)
         for peers, error in (((own,), ConfigurationError),
                              ((other("10.1.0.0/16"), other(endpoint="gone.example:1")), EndpointError),
