@@ -48,13 +48,6 @@ SETTLE_S = 0.05
 """A datagram is shown to the capture after it was sent, so its receiver may be ahead."""
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "run"
-    monkeypatch.setenv("FASTTUN_RUNTIME_DIR", str(directory))
-    return directory
-
-
 class Server:
     """A listener on a socketpair with its control socket, and a client that has said who it is."""
 

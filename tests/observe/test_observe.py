@@ -42,13 +42,6 @@ ROOT = Path(__file__).resolve().parents[2]
 FASTTUN = (sys.executable, "-m", "fasttun")
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "run"
-    monkeypatch.setenv("FASTTUN_RUNTIME_DIR", str(directory))
-    return directory
-
-
 def fasttun(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*FASTTUN, *words], capture_output=True, text=True, timeout=20, check=False, **options)
 

@@ -139,9 +139,8 @@ class Served:
 
 
 @pytest.fixture
-def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Served]:
+def served() -> Iterator[Served]:
     """A listener on a socketpair, with a peer that sends all the time, and what is no packet now and then."""
-    monkeypatch.setenv("FASTTUN_RUNTIME_DIR", str(tmp_path / "run"))
     stop = threading.Event()
     with Pipe.make() as pipe, bind_udp() as sock, bind_udp() as peer, \
             Forwarder(listen=True, udp_fd=sock.fileno(), tun_fd=pipe.fd) as tunnel, \

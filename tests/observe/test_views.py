@@ -46,13 +46,6 @@ from fasttun.wireguard.keys import PrivateKey
 NOBODY = 65534
 
 
-@pytest.fixture(autouse=True)
-def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    directory = tmp_path / "run"
-    monkeypatch.setenv("FASTTUN_RUNTIME_DIR", str(directory))
-    return directory
-
-
 @pytest.fixture
 def tunnel() -> Iterator[Forwarder]:
     with Pipe.make() as pipe, bind_udp() as sock, \
