@@ -193,7 +193,7 @@ def _compared(results: Results, link: str, shown: Sequence[Column], ours: str, o
         ratios = [results.ratio(link, ours, name, column.keys) for column in chosen]
         if name != ours and any(ratio is not None for ratio in ratios):
             rows.append([f"over {results.title(name)}", *map(number, ratios)])
-    kind = "link as it is" if link == "whole" else "link without UDP segmentation"
+    kind = {"whole": "link as it is", "split": "link without UDP segmentation"}.get(link, f"link {link}")
     return f"**{results.title(ours)} as ratios, {kind}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
