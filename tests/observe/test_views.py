@@ -403,10 +403,10 @@ def shown(history: list[dict[str, Any]], seen: View, columns: int = 80, lines: i
     return text.splitlines()
 
 
-@pytest.mark.parametrize("chosen", [None, "192.0.2.1:1", "192.0.2.1:50"])
+@pytest.mark.parametrize("chosen", [None, "192.0.2.1:1", "192.0.2.1:100"])
 @pytest.mark.parametrize(("columns", "lines"), [(80, 24), (120, 50), (60, 20)])
 def test_top_never_outgrows_the_terminal(chosen: str | None, columns: int, lines: int) -> None:
-    rows = shown([document(float(at), 50, 1000) for at in range(1, 200)], View(peer=chosen), columns, lines)
+    rows = shown([document(float(at), 100, 1000) for at in range(1, 200)], View(peer=chosen), columns, lines)
     assert len(rows) <= lines
     assert max(map(len, rows)) <= columns
     if chosen is not None:
